@@ -1,0 +1,150 @@
+"""Both servers on real ports, with real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from vram_manager.simulator.comfyui_executor import ComfyUISettings
+from vram_manager.simulator.ledger import GIB, MIB, Ledger
+from vram_manager.simulator.ollama_runner import OllamaSettings
+from vram_manager.simulator.serve import control_app, mirrored, serve_world, serving
+from vram_manager.simulator.world import World, txt2img
+
+pytestmark = pytest.mark.asyncio
+
+FAST_OLLAMA = OllamaSettings(load_bytes_per_second=1e12, start_seconds=0, unload_seconds=0.05)
+FAST_COMFYUI = ComfyUISettings(
+    disk_bytes_per_second=1e12,
+    ram_bytes_per_second=1e12,
+    seconds_per_step=0.001,
+    text_seconds=0,
+    decode_seconds=0,
+    gc_seconds=0.02,
+)
+
+
+def fast_world():
+    return World(ollama_settings=FAST_OLLAMA, comfyui_settings=FAST_COMFYUI)
+
+
+async def events(socket):
+    """All messages up to the end of a prompt."""
+    seen = []
+    while not seen or seen[-1] != ("executing", None):
+        message = json.loads(await socket.recv())
+        seen.append((message["type"], message["data"].get("node")))
+    return seen
+
+
+async def test_one_gpu_is_shared_over_real_sockets():
+    async with (
+        fast_world() as world,
+        serving(world.ollama.app) as ollama,
+        serving(world.comfyui.app) as comfyui,
+        httpx.AsyncClient(timeout=30) as client,
+        connect(comfyui.replace("http", "ws") + "/ws?clientId=me") as owner,
+        connect(comfyui.replace("http", "ws") + "/api/ws?clientId=bystander") as bystander,
+    ):
+        hello = json.loads(await owner.recv())
+        assert hello["data"] == {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "me"}
+        await client.post(f"{comfyui}/prompt", json={"prompt": txt2img(steps=2), "client_id": "me"})
+        seen = [kind for kind, _ in await events(owner) if kind != "progress_state"]
+        assert seen[:4] == ["status", "status", "execution_start", "execution_cached"]
+        assert seen[-4:] == ["executed", "execution_success", "status", "executing"]
+        statuses = [json.loads(await bystander.recv()) for _ in range(4)]
+        assert [status["type"] for status in statuses] == ["status"] * 4
+        assert [status["data"]["status"]["exec_info"]["queue_remaining"] for status in statuses] == [0, 1, 1, 0]
+        url = f"{ollama}/api/chat"
+        body = {"model": "llama3.1:8b", "messages": [{"role": "user", "content": "hi"}]}
+        async with client.stream("POST", url, json=body) as stream:
+            lines = [json.loads(line) async for line in stream.aiter_lines()]
+        assert lines[-1]["done_reason"] == "stop"
+        assert set(world.ledger.holders()) == {"comfyui", "ollama:llama3.1:8b"}
+
+
+async def test_a_second_socket_of_the_same_client_takes_over_its_messages():
+    async with fast_world() as world, serving(world.comfyui.app) as comfyui, httpx.AsyncClient() as client:
+        url = comfyui.replace("http", "ws") + "/ws?clientId=me"
+        async with connect(url) as first, connect(url) as second:
+            await client.post(f"{comfyui}/prompt", json={"prompt": txt2img(steps=2), "client_id": "me"})
+            await events(second)
+            assert json.loads(await first.recv())["type"] == "status"  # its welcome, and then nothing more
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(first.recv(), 0.05)
+
+
+async def test_a_foreign_origin_gets_no_websocket():
+    async with fast_world() as world, serving(world.comfyui.app) as comfyui:
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(comfyui.replace("http", "ws") + "/ws", origin="http://evil.example"):
+                pass
+    assert refused.value.response.status_code == 403
+
+
+async def test_hanging_up_over_a_real_socket_aborts_the_load():
+    slow = OllamaSettings(load_bytes_per_second=GIB, start_seconds=0)
+    async with World(ollama_settings=slow) as world, serving(world.ollama.app) as ollama:
+        async with httpx.AsyncClient() as client:
+            loading = asyncio.ensure_future(client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"}))
+            while "ollama:qwen3:14b" not in world.ledger.holders():
+                await asyncio.sleep(0.01)
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+        while "ollama:qwen3:14b" in world.ledger.holders():
+            await asyncio.sleep(0.01)
+    assert world.ollama.counters.loads == 0
+
+
+async def test_the_control_app_gives_memory_to_strangers():
+    ledger = Ledger(24 * GIB)
+    transport = httpx.ASGITransport(control_app(ledger))
+    async with httpx.AsyncClient(transport=transport, base_url="http://control") as client:
+        held = await client.post("/gpu/hold", json={"holder": "game", "bytes": GIB})
+        too_much = await client.post("/gpu/hold", json={"holder": "game", "bytes": 30 * GIB})
+        wrong = await client.post("/gpu/hold", json={"bytes": "many"})
+        await client.post("/gpu/hold", json={"holder": "game", "bytes": 0})
+        after = await client.get("/gpu")
+    assert held.json()["holders"] == {"game": GIB}
+    assert (too_much.status_code, wrong.status_code) == (409, 400)
+    assert after.json()["holders"] == {}
+
+
+async def test_the_ledger_is_mirrored_for_the_fake_nvml(tmp_path):
+    from vram_manager.simulator.nvml_state import NvmlState
+
+    ledger = Ledger(24 * GIB)
+    path = tmp_path / "nvml"
+    with mirrored(ledger, path):
+        ledger.claim("comfyui", 600 * MIB)
+        raw = NvmlState.from_buffer_copy(path.read_bytes())
+    assert raw.gpus[0].used == 600 * MIB
+    assert raw.gpus[0].total - raw.gpus[0].reserved - raw.gpus[0].used == raw.gpus[0].free
+    assert ledger.on_change == []
+
+
+async def test_a_served_world_ends_when_cancelled(unused_tcp_port_factory):
+    ollama_port, comfyui_port, control_port = (unused_tcp_port_factory() for _ in range(3))
+    serving_it = asyncio.ensure_future(
+        serve_world(ollama_port=ollama_port, comfyui_port=comfyui_port, control_port=control_port)
+    )
+    async with httpx.AsyncClient() as client:
+        while True:
+            try:
+                gpu = await client.get(f"http://127.0.0.1:{control_port}/gpu")
+                break
+            except httpx.ConnectError:
+                await asyncio.sleep(0.01)
+        version = await client.get(f"http://127.0.0.1:{ollama_port}/api/version")
+        queue = await client.get(f"http://127.0.0.1:{comfyui_port}/prompt")
+    serving_it.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving_it
+    assert list(gpu.json()["holders"]) == ["comfyui"]
+    assert version.json() == {"version": "0.32.15"}
+    assert queue.json() == {"exec_info": {"queue_remaining": 0}}

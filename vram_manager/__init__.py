@@ -1,0 +1,24 @@
+"""vram_manager: the arbiter between Ollama and ComfyUI on one GPU.
+
+The map of this tree. One value flows: a `Snapshot` (what was seen) becomes a `Decision` (what follows, and
+why), which may carry an `Action` (what to ask), which becomes an `Event` (what happened, proven by a later
+snapshot).
+
+    __main__ -> cli        the verbs; all but run, demo and simulate speak to the daemon's socket
+    daemon                 wiring and lifetime: builds the parts, one task group, signals, orderly stop
+    cycle                  one turn: look, decide, act, tell            <- read this first
+    observer               one task per sensor, each with its deadline and cadence; gives a Snapshot
+    actuator               the only door out: looks again, asks, says what was asked
+    journal, store         the only place that records: ring, SQLite, log line, counters
+    metrics, api           what people and machines read: Prometheus, JSON, the event stream
+    domain                 values only          policy    pure rules: values and `now` in, value out
+    gpus, backends         the rim: one file per outside system
+    config, clock, errors  settings, the two times, everything that is expected to go wrong
+    client                 the standard-library door to the socket, for the CLI and for workers
+    simulator              an Ollama and a ComfyUI on one pretended GPU; production never imports it
+
+From `__main__` to a free: cli -> daemon -> cycle -> actuator -> backends/comfyui. For *why*, step aside into
+policy/decide; for the proof, into policy/settle.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,234 @@
+"""The verbs. All but run, demo, doctor and simulate speak to the daemon's socket; imports are lazy, so they are quick.
+
+Exit status: 0 done, 1 something is wrong, 2 wrong usage or setting, 3 refused, 4 the daemon cannot be reached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from vram_manager import __version__
+from vram_manager.errors import AlreadyRunning, SettingsError, Unreachable
+
+EXIT_WRONG, EXIT_USAGE, EXIT_REFUSED, EXIT_UNREACHABLE = 1, 2, 3, 4
+_json_option = click.option("--json", "as_json", is_flag=True, help="For machines: one JSON document.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Arbitrates the GPU between Ollama and ComfyUI. Settings come from the environment; see the README."""
+
+
+def main() -> None:
+    """Runs the verb; every expected failure is one line on stderr and an exit status."""
+    try:
+        cli(prog_name="vram-manager")
+    except SettingsError as error:
+        _fail(EXIT_USAGE, str(error))
+    except AlreadyRunning as error:
+        _fail(EXIT_WRONG, str(error))
+    except Unreachable as error:
+        _fail(EXIT_UNREACHABLE, str(error))
+
+
+def _fail(status: int, words: str) -> NoReturn:
+    click.echo(f"vram-manager: {words}", err=True)
+    sys.exit(status)
+
+
+def _get(path: str) -> Any:
+    from vram_manager.client import call
+
+    reply = call("GET", path)
+    if reply.status >= 400 and "error" in reply.body:
+        _fail(EXIT_WRONG, reply.body["error"]["message"])
+    return reply.body
+
+
+def _print_json(document: object) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+@cli.command()
+def run() -> None:
+    """The daemon: watch, decide, free, prove; until SIGTERM."""
+    from vram_manager import config, daemon
+
+    sys.exit(daemon.run(config.load()))
+
+
+@cli.command()
+@click.option("--fast", is_flag=True, help="Shorter pauses between the scenes.")
+def demo(fast: bool) -> None:
+    """A story on a simulated GPU with the real daemon: see it free memory, in under 40 seconds."""
+    from vram_manager.demo import play
+
+    sys.exit(play(fast=fast))
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Checks every part for real, from here, and says how to mend what is wrong."""
+    from vram_manager import config
+    from vram_manager.doctor import examine, in_words
+
+    findings = examine(config.load())
+    if as_json:
+        _print_json([finding.as_json() for finding in findings])
+    else:
+        click.echo(in_words(findings, colour=sys.stdout.isatty()))
+    sys.exit(EXIT_WRONG if any(finding.verdict == "wrong" for finding in findings) else 0)
+
+
+@cli.command()
+@_json_option
+def report(as_json: bool) -> None:
+    """Who holds the GPU memory now."""
+    from vram_manager.report import in_words
+
+    snapshot = _get("/v1/snapshot")
+    events = _get("/v1/events?limit=8")["events"]
+    if as_json:
+        _print_json({**snapshot, "events": events})
+    else:
+        click.echo(in_words(snapshot, events))
+
+
+@cli.command()
+@click.option("--follow", "-f", is_flag=True, help="Go on as they happen.")
+@click.option("--after", default="", metavar="ID", help="Only events after this one.")
+@click.option("--limit", default=50, show_default=True)
+@_json_option
+def events(follow: bool, after: str, limit: int, as_json: bool) -> None:
+    """What happened."""
+    from vram_manager import client
+    from vram_manager.report import event_line
+
+    query = f"?limit={limit}" + (f"&after={after}" if after else "")
+    listed = _get(f"/v1/events{query}")["events"]
+    if as_json and not follow:
+        _print_json(listed)
+        return
+    for event in listed:
+        click.echo(json.dumps(event) if as_json else event_line(event))
+    if follow:
+        last = listed[-1]["id"] if listed else after
+        try:
+            for event in client.follow(f"/v1/events?after={last}"):
+                click.echo(json.dumps(event) if as_json else event_line(event))
+        except KeyboardInterrupt:
+            pass
+
+
+@cli.command()
+@click.argument("event_or_decision", required=False, metavar="[ID]")
+@_json_option
+def why(event_or_decision: str | None, as_json: bool) -> None:
+    """Why something was done or not: the newest decisions, or the one behind an event or decision ID."""
+    from vram_manager.report import decision_in_words, event_line
+
+    decisions = _get("/v1/decisions?limit=500")["decisions"]
+    if event_or_decision is None:
+        shown = decisions[:8]
+        if as_json:
+            _print_json(shown)
+        elif not shown:
+            click.echo("Nothing has been decided yet.")
+        for decision in () if as_json else reversed(shown):
+            click.echo(decision_in_words(decision, inputs=False))
+        return
+    listed = _get("/v1/events?limit=1000")["events"]
+    related = _related(event_or_decision, listed)
+    wanted = {event["decision_id"] for event in related} | {event_or_decision}
+    found = [decision for decision in decisions if decision["id"] in wanted]
+    if not related and not found:
+        _fail(EXIT_WRONG, f"{event_or_decision}: no such event or decision is remembered")
+    if as_json:
+        _print_json({"events": related, "decisions": found})
+        return
+    for event in related:
+        click.echo(event_line(event))
+    for decision in reversed(found):
+        click.echo(decision_in_words(decision, inputs=True))
+    if related and not found:
+        click.echo("The decision behind it was made before the daemon's last start; only the event is remembered.")
+
+
+def _related(wanted: str, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The event, the free it belongs to, and whatever else belongs to that free."""
+    first = [event for event in listed if event["id"] == wanted]
+    actions = {event["action_id"] or event["id"] for event in first}
+    return [event for event in listed if event["id"] in actions or event["action_id"] in actions or event in first]
+
+
+@cli.command()
+@click.option("--stage", type=click.Choice(["soft", "unload"]), default="soft", show_default=True)
+@click.option("--force", is_flag=True, help="Also while ComfyUI is busy, cooling down or holds little.")
+@click.option("--ollama", "model", metavar="MODEL", help="Unload this Ollama model instead of freeing ComfyUI.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait for the proof.")
+@_json_option
+def free(stage: str, force: bool, model: str | None, wait: bool, as_json: bool) -> None:
+    """Free by hand, bound by the same rules: exit 0 asked (and proven), 1 not proven, 3 refused."""
+    from vram_manager import client
+    from vram_manager.report import event_line
+
+    wish: dict[str, object] = {"force": force}
+    wish |= {"target": "ollama", "model": model} if model else {"stage": stage}
+    reply = client.call("POST", "/v1/free", wish)
+    if reply.status != 202:
+        if as_json:
+            _print_json(reply.body)
+        else:
+            click.echo(f"Refused: {reply.body['error']['message']}", err=True)
+        sys.exit(EXIT_REFUSED)
+    asked = reply.body["event_id"]
+    if not wait:
+        click.echo(json.dumps(reply.body) if as_json else f"Asked [{asked}]")
+        return
+    for event in client.follow(f"/v1/events?after={asked}"):
+        if event["action_id"] == asked and event["type"] in ("freed", "free_unconfirmed"):
+            click.echo(json.dumps(event) if as_json else event_line(event))
+            sys.exit(0 if event["type"] == "freed" else EXIT_WRONG)
+    _fail(EXIT_UNREACHABLE, "the daemon went away before the proof")
+
+
+@cli.command()
+def health() -> None:
+    """For a container's health check: exit 0 when the daemon's cycle is alive."""
+    from vram_manager.client import call
+
+    reply = call("GET", "/health", timeout_seconds=5.0)
+    click.echo(reply.body["status"])
+    sys.exit(0 if reply.status == 200 else EXIT_WRONG)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--ollama-port", default=11434, show_default=True)
+@click.option("--comfyui-port", default=8188, show_default=True)
+@click.option("--control-port", type=int, help="Also a port to look at and fill the simulated GPU.")
+@click.option("--gpu-gib", default=24.0, show_default=True)
+@click.option("--mode", type=click.Choice(["legacy", "dynamic", "highvram"]), default="dynamic", show_default=True)
+@click.option("--nvml-state", type=click.Path(dir_okay=False, path_type=Path), help="Mirror the GPU into a fake NVML's state file.")
+def simulate(**options: Any) -> None:
+    """An Ollama and a ComfyUI on one simulated GPU, on real ports, quirks included."""
+    import asyncio
+
+    from vram_manager.simulator.serve import serve_world
+
+    try:
+        asyncio.run(serve_world(**options))
+    except KeyboardInterrupt:
+        pass
+
+
+@cli.command()
+def version() -> None:
+    """The version."""
+    click.echo(__version__)

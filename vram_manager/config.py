@@ -1,0 +1,304 @@
+"""Settings from the environment, one small class per part.
+
+Every field's docstring gives its meaning, unit and the reason for its default; `.env.example` and the README's
+table say the same, and a test keeps the three in step. A wrong value is one line that names the variable, the
+value and what is allowed (`SettingsError`); an unknown name is a warning with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from vram_manager.errors import SettingsError
+from vram_manager.policy.rules import MIB, Rules
+
+Profile: TypeAlias = Literal["balanced", "chat", "image"]
+
+PROFILES: dict[Profile, dict[str, float]] = {
+    "balanced": {"threshold": 75, "unload": 85, "grace": 30, "empty_room": 600, "idle": 30, "waiting_idle": 2},
+    "chat": {"threshold": 70, "unload": 85, "grace": 10, "empty_room": 120, "idle": 15, "waiting_idle": 2},
+    "image": {"threshold": 85, "unload": 92, "grace": 120, "empty_room": 3600, "idle": 120, "waiting_idle": 120},
+}
+"""What each profile sets. `waiting_idle` is how long ComfyUI must have been idle when a model fell to the CPU."""
+
+
+SOFT_FREE_BODY = {"unload_models": True, "free_memory": False}
+
+
+def _json_object(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be a JSON object ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object")
+    return parsed
+
+
+def _url(value: object) -> object:
+    if isinstance(value, str) and (stripped := value.strip().rstrip("/")):
+        if not stripped.startswith(("http://", "https://")) or not stripped.split("://", 1)[1]:
+            raise ValueError("must be an http:// or https:// URL, or empty for none")
+        return stripped
+    return "" if isinstance(value, str) else value
+
+
+def _percent(value: object) -> object:
+    return value.strip().removesuffix("%").strip() if isinstance(value, str) else value
+
+
+def _blank_is_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _body(value: object) -> object:
+    body = SOFT_FREE_BODY if isinstance(value, str) and not value.strip() else _json_object(value)
+    if isinstance(body, dict) and not any(body.values()):
+        raise ValueError("must set at least one of unload_models and free_memory: ComfyUI stores only true flags")
+    return body
+
+
+Url: TypeAlias = Annotated[str, BeforeValidator(_url)]
+Headers: TypeAlias = Annotated[dict[str, str], NoDecode, BeforeValidator(_json_object)]
+Percent: TypeAlias = Annotated[Annotated[float, Field(gt=0, le=100)] | None, BeforeValidator(_percent)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+MaybeSeconds: TypeAlias = Annotated[Seconds | None, BeforeValidator(_blank_is_none)]
+Port: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
+MaybeText: TypeAlias = Annotated[str | None, BeforeValidator(_blank_is_none)]
+
+
+class _Part(BaseSettings):
+    """Compose files pass every variable through, so an empty one means unset."""
+
+    model_config = SettingsConfigDict(
+        case_sensitive=False, frozen=True, extra="ignore", use_attribute_docstrings=True, env_ignore_empty=True
+    )
+
+
+class _Server(_Part):
+    """Here an empty URL is a value of its own: no such server."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=False)
+
+
+class OllamaSettings(_Server):
+    """Where Ollama is."""
+
+    ollama_url: Url = "http://localhost:11434"
+    """Ollama's base URL; empty means there is no Ollama here."""
+    ollama_headers: Headers = {}
+    """JSON object of extra request headers, for an authenticating proxy in front of Ollama."""
+    ollama_gpu: MaybeText = None
+    """UUID or index of the GPU Ollama uses, where it cannot be told (several GPUs). Empty: worked out."""
+
+
+class ComfyUISettings(_Server):
+    """Where ComfyUI is and how it is asked."""
+
+    comfyui_url: Url = "http://localhost:8188"
+    """ComfyUI's base URL; empty means there is no ComfyUI here."""
+    comfyui_headers: Headers = {}
+    """JSON object of extra request headers, for example a login extension's Bearer token."""
+    comfyui_gpu: MaybeText = None
+    """UUID or index of the GPU ComfyUI uses, where it cannot be told. Empty: worked out."""
+    comfyui_idle_seconds: MaybeSeconds = None
+    """How long ComfyUI must have been idle before a free with nobody waiting, seconds. By profile: 30 / 15 / 120; its
+    own clean-up runs up to 10 s after a prompt."""
+    comfyui_soft_free_body: Annotated[dict[str, bool], NoDecode, BeforeValidator(_body)] = SOFT_FREE_BODY
+    """JSON body of the soft stage. The default releases the GPU and keeps node outputs; the pair often called soft,
+    {"unload_models": false, "free_memory": true}, drops everything."""
+
+
+class PolicySettings(_Part):
+    """When memory is freed."""
+
+    vram_profile: Profile = "balanced"
+    """A named set of defaults: balanced, chat (Ollama first) or image (ComfyUI first)."""
+    vram_check_interval: Annotated[float, Field(ge=0.25, le=3600)] = 5.0
+    """Slowest beat of the loop, seconds; it beats faster while something settles or memory runs short."""
+    vram_threshold: Percent = None
+    """Percent used above which an idle ComfyUI is freed. By profile: 75 / 70 / 85."""
+    vram_unload_threshold: Percent = None
+    """Percent still used after a soft free above which the unload stage follows. By profile: 85 / 85 / 92."""
+    vram_grace_seconds: MaybeSeconds = None
+    """How long use must stay above the threshold with nobody waiting, seconds. By profile: 30 / 10 / 120, and
+    600 / 120 / 3600 while Ollama has had no traffic for ten minutes; a value set here holds for both."""
+    vram_free_cooldown: Seconds = 30.0
+    """Seconds between two frees of one target. It delays a trigger and never loses it."""
+    vram_settle_timeout: Annotated[float, Field(ge=1, le=600)] = 10.0
+    """Seconds to wait for the proof that memory came back; an idle ComfyUI needs about one."""
+    vram_min_reclaim_mb: Annotated[int, Field(ge=1, le=2**20)] = 256
+    """MiB below which a free is not worth the reload it costs."""
+    enable_vram_monitoring: bool = True
+    """false: watch and answer, never free."""
+    vram_dry_run: Annotated[bool, Field(validation_alias=AliasChoices("vram_dry_run", "vram_check_dry_run"))] = False
+    """true: decide and tell, do nothing. VRAM_CHECK_DRY_RUN is the same."""
+
+    @model_validator(mode="after")
+    def _unload_not_below_threshold(self) -> PolicySettings:
+        unload, threshold = self.unload_percent, self.threshold_percent
+        if unload < threshold:
+            raise ValueError(
+                f"VRAM_UNLOAD_THRESHOLD={unload:g} is below VRAM_THRESHOLD={threshold:g}: it must be at least that"
+            )
+        return self
+
+    @property
+    def threshold_percent(self) -> float:
+        return PROFILES[self.vram_profile]["threshold"] if self.vram_threshold is None else self.vram_threshold
+
+    @property
+    def unload_percent(self) -> float:
+        # A threshold raised alone takes the profile's unload threshold along instead of contradicting it.
+        by_profile = max(PROFILES[self.vram_profile]["unload"], self.threshold_percent)
+        return by_profile if self.vram_unload_threshold is None else self.vram_unload_threshold
+
+
+class GpuSettings(_Part):
+    """How the GPU is read."""
+
+    vram_check_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """Deadline of one NVML reading, seconds; a call that hangs longer makes the GPU unknown, never full or empty."""
+
+
+class ServiceSettings(_Part):
+    """Socket, state, logs."""
+
+    vram_socket: Path = Path("/run/vram-manager/vram.sock")
+    """Unix socket of the API, mode 0660; the CLI and the client read it too."""
+    vram_http_host: str = "127.0.0.1"
+    """Address the same API listens on over TCP, when VRAM_HTTP_PORT is set."""
+    vram_http_port: Port | None = None
+    """TCP port of the same API, read-only without a token. Empty: off."""
+    vram_api_token: str | None = None
+    """Bearer token for calls that change things over TCP. Empty: such calls are refused there."""
+    vram_state_dir: Path = Path("/var/lib/vram-manager")
+    """Directory of the SQLite history. Not writable: history is kept in memory, said once."""
+    vram_log_format: Literal["text", "json"] = "text"
+    """text for people, json for machines."""
+    vram_debug: bool = False
+    """true: also log every decision."""
+    vram_manager_container_name: str = "vram-manager"
+    """Name of the container; used by the compose files only."""
+
+
+class Settings(_Part):
+    """Everything, part by part."""
+
+    ollama: OllamaSettings
+    comfyui: ComfyUISettings
+    policy: PolicySettings
+    gpu: GpuSettings
+    service: ServiceSettings
+
+    def rules(self) -> Rules:
+        """The policy's own numbers."""
+        policy, by_profile = self.policy, PROFILES[self.policy.vram_profile]
+        grace, idle = policy.vram_grace_seconds, self.comfyui.comfyui_idle_seconds
+        idle_seconds = by_profile["idle"] if idle is None else idle
+        return Rules(
+            threshold_percent=policy.threshold_percent,
+            unload_threshold_percent=policy.unload_percent,
+            grace_seconds=by_profile["grace"] if grace is None else grace,
+            empty_room_grace_seconds=by_profile["empty_room"] if grace is None else grace,
+            cooldown_seconds=policy.vram_free_cooldown,
+            settle_timeout_seconds=policy.vram_settle_timeout,
+            min_reclaim_bytes=policy.vram_min_reclaim_mb * MIB,
+            comfyui_idle_seconds=idle_seconds,
+            waiting_idle_seconds=min(idle_seconds, by_profile["waiting_idle"]),
+            interval_seconds=policy.vram_check_interval,
+            comfyui_gpu=self.comfyui.comfyui_gpu,
+            ollama_gpu=self.ollama.ollama_gpu,
+            enabled=policy.enable_vram_monitoring,
+            dry_run=policy.vram_dry_run,
+        )
+
+    def in_words(self) -> list[str]:
+        """The effective settings as sentences, for the start of the log."""
+        policy, rules = self.policy, self.rules()
+        where = [
+            f"Ollama at {self.ollama.ollama_url}" if self.ollama.ollama_url else "no Ollama",
+            f"ComfyUI at {self.comfyui.comfyui_url}" if self.comfyui.comfyui_url else "no ComfyUI",
+        ]
+        lines = [
+            f"Profile {policy.vram_profile}: {' and '.join(where)}",
+            (
+                f"Soft free above {rules.threshold_percent:g} % used for {rules.grace_seconds:g} s "
+                f"({rules.empty_room_grace_seconds:g} s while nobody uses Ollama) once ComfyUI has been idle for "
+                f"{rules.comfyui_idle_seconds:g} s; for a model on the CPU after {rules.waiting_idle_seconds:g} s"
+            ),
+            (
+                f"Unload stage if still above {rules.unload_threshold_percent:g} %; at most one free in "
+                f"{rules.cooldown_seconds:g} s, proof within {rules.settle_timeout_seconds:g} s"
+            ),
+        ]
+        if rules.dry_run:
+            lines.append("DRY RUN: decisions are told, nothing is freed")
+        if not rules.enabled:
+            lines.append("ENABLE_VRAM_MONITORING=false: nothing is ever freed")
+        return lines
+
+
+PARTS: tuple[type[_Part], ...] = (OllamaSettings, ComfyUISettings, PolicySettings, GpuSettings, ServiceSettings)
+
+
+def variables() -> dict[str, Any]:
+    """Every variable by its environment name, with its pydantic field, in the order of the parts."""
+    return {name.upper(): field for part in PARTS for name, field in part.model_fields.items()}
+
+
+def load() -> Settings:
+    """The settings from the environment. Raises SettingsError with one line per wrong variable."""
+    problems: list[str] = []
+    parts: dict[str, Any] = {}
+    for key, part in zip(("ollama", "comfyui", "policy", "gpu", "service"), PARTS, strict=True):
+        try:
+            parts[key] = part()
+        except ValidationError as error:
+            problems += [_problem(item) for item in error.errors(include_url=False)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(**parts)
+
+
+def _problem(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:
+        return message
+    name = str(item["loc"][0]).upper()
+    inside = "".join(f"[{place!r}]" for place in item["loc"][1:])
+    value = os.environ.get(name, os.environ.get(name.lower(), item.get("input")))
+    if name.endswith(("_HEADERS", "_TOKEN")):
+        value = "(not shown)"
+    return f"{name}={value}{inside and ' ' + inside}: {message[:1].lower()}{message[1:]}"
+
+
+# Ollama's and ComfyUI's own variables share these prefixes, so only a near miss of ours is worth a word there.
+_OURS_ALONE = ("VRAM_", "GATEWAY_")
+_SHARED = ("OLLAMA_", "COMFYUI_", "ENABLE_VRAM")
+
+
+def unknown_names(environment: Mapping[str, str]) -> list[str]:
+    """A warning for each variable that looks like one of ours and is none, with the nearest known name."""
+    known = [*variables(), "VRAM_CHECK_DRY_RUN"]
+    warnings = []
+    for name in sorted(environment):
+        upper = name.upper()
+        if upper in known or not upper.startswith(_OURS_ALONE + _SHARED):
+            continue
+        near = difflib.get_close_matches(upper, known, n=1, cutoff=0.6 if upper.startswith(_OURS_ALONE) else 0.85)
+        if near:
+            warnings.append(f"{name} is not a setting; did you mean {near[0]}?")
+        elif upper.startswith(_OURS_ALONE):
+            warnings.append(f"{name} is not a setting of this version and is ignored")
+    return warnings

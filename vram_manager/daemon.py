@@ -1,0 +1,211 @@
+"""Wiring and lifetime: builds the parts, runs them in one task group, stops in order. No decisions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC
+from typing import Any
+
+from loguru import logger
+
+from vram_manager import __version__
+from vram_manager.actuator import Actuator
+from vram_manager.api.app import Parts, app
+from vram_manager.api.server import serving, tcp_socket, unix_socket
+from vram_manager.backends import ComfyUI, Ollama
+from vram_manager.backends.comfyui import HttpComfyUI
+from vram_manager.backends.http import JsonClient
+from vram_manager.backends.ollama import HttpOllama
+from vram_manager.clock import Clock
+from vram_manager.config import Settings, unknown_names
+from vram_manager.cycle import Cycle
+from vram_manager.gpus import GpuSensor
+from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.journal import Journal
+from vram_manager.metrics import Metrics
+from vram_manager.observer import Observer
+from vram_manager.store import Store
+
+# Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
+EXIT_RESTART = 75
+REVOKED_LOOK_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """The parts of one daemon, wired. `run` works them until cancelled."""
+
+    settings: Settings
+    clock: Clock
+    observer: Observer
+    cycle: Cycle
+    journal: Journal
+    metrics: Metrics
+
+    async def run(self) -> None:
+        """Reads, turns and records until cancelled; the death of any part ends all."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.journal.write_behind(), name="write history")
+            tasks.create_task(self.observer.run(), name="observe")
+            tasks.create_task(self.cycle.run(), name="cycle")
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """The socket answers inside the block, and TCP where it was asked for."""
+        service = self.settings.service
+        parts = Parts(self.clock, self.cycle, self.observer, self.journal, self.metrics.render)
+        async with contextlib.AsyncExitStack() as stack:
+            path = service.vram_socket
+            listener = unix_socket(path)
+            stack.callback(path.unlink, missing_ok=True)
+            await stack.enter_async_context(serving(app(parts, token=None, trusted=True), listener))
+            if service.vram_http_port is not None:
+                tcp = tcp_socket(service.vram_http_host, service.vram_http_port)
+                guarded = app(parts, token=service.vram_api_token, trusted=False)
+                await stack.enter_async_context(serving(guarded, tcp))
+            yield
+
+
+def build(
+    settings: Settings,
+    clock: Clock,
+    store: Store,
+    *,
+    gpus: GpuSensor | None,
+    ollama: Ollama | None,
+    comfyui: ComfyUI | None,
+) -> Daemon:
+    """Every part of a daemon over the given rim: the real one, or the simulator's."""
+    rules = settings.rules()
+    journal = Journal(clock, store)
+    observer = Observer(
+        clock,
+        journal.record,
+        gpus=gpus,
+        ollama=ollama,
+        comfyui=comfyui,
+        interval_seconds=rules.interval_seconds,
+    )
+    soft_body = settings.comfyui.comfyui_soft_free_body
+    actuator = Actuator(clock, gpus=gpus, ollama=ollama, comfyui=comfyui, soft_body=soft_body)
+    cycle = Cycle(clock, observer, actuator, journal, rules)
+    metrics = Metrics(clock, cycle, observer)
+    journal.listen(metrics.count)
+    cycle.on_turn = metrics.turned
+    return Daemon(settings, clock, observer, cycle, journal, metrics)
+
+
+def log_to(stream: Any, *, json_lines: bool, debug: bool) -> None:
+    """One line per record on `stream`: for people, or one JSON object for machines."""
+    logger.remove()
+    level = "DEBUG" if debug else "INFO"
+    if json_lines:
+        logger.add(lambda message: stream.write(_as_json_line(message)), level=level, format="{message}")
+    else:
+        text = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
+        logger.add(stream, level=level, format=text, colorize=False, backtrace=False, diagnose=False)
+
+
+def _as_json_line(message: Any) -> str:
+    record = message.record
+    at = record["time"].astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    body: dict[str, object] = {"at": at, "level": record["level"].name, "message": record["message"]}
+    if (event := record["extra"].get("event")) is not None:
+        body["event"] = event
+    if (problem := record["exception"]) is not None:
+        body["error"] = repr(problem.value)
+    return json.dumps(body) + "\n"
+
+
+async def serve(settings: Settings) -> int:
+    """A daemon on the real rim until SIGTERM or SIGINT; the exit status."""
+    clock = Clock.of_running_loop()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    logger.info("vram-manager {} starts", __version__)
+    for words in settings.in_words():
+        logger.info(words)
+    for warning in unknown_names(os.environ):
+        logger.warning(warning)
+    store = await asyncio.to_thread(Store.open, settings.service.vram_state_dir)
+    if store.problem:
+        logger.warning(store.problem)
+    nvml = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(nvml.close)
+        ollama, comfyui = _servers(settings)
+        for server in (ollama, comfyui):
+            if server is not None:
+                stack.push_async_callback(server.aclose)
+        daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui)
+        stack.callback(daemon.journal.close)
+        await stack.enter_async_context(daemon.listening())
+        logger.info("Listening on {}", settings.service.vram_socket)
+        status = await _until_stopped(daemon, nvml, stop)
+    logger.info("Stopped")
+    return status
+
+
+def _servers(settings: Settings) -> tuple[HttpOllama | None, HttpComfyUI | None]:
+    ollama, comfyui = settings.ollama, settings.comfyui
+    return (
+        HttpOllama(JsonClient(ollama.ollama_url, headers=ollama.ollama_headers, name="ollama"))
+        if ollama.ollama_url
+        else None,
+        HttpComfyUI(JsonClient(comfyui.comfyui_url, headers=comfyui.comfyui_headers, name="comfyui"))
+        if comfyui.comfyui_url
+        else None,
+    )
+
+
+async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) -> int:
+    """Works until asked to stop (0), until the GPU device is revoked (EXIT_RESTART), or until a part dies (1)."""
+    work = asyncio.create_task(daemon.run(), name="daemon")
+    stopped = asyncio.create_task(stop.wait(), name="stop")
+    revoked = asyncio.create_task(_revoked(nvml), name="revoked")
+    done, _ = await asyncio.wait({work, stopped, revoked}, return_when=asyncio.FIRST_COMPLETED)
+    if work in done:
+        # Only a bug gets here: say it whole, end, and let the container start afresh, cooled down.
+        logger.opt(exception=work.exception()).critical("A part of the daemon died")
+        status = 1
+    elif revoked in done:
+        logger.warning("The container lost its GPU device: ending, so that a restart brings it back")
+        status = EXIT_RESTART
+    else:
+        pending = daemon.cycle.watch.pending
+        logger.info("Stopping{}", f" while a free is settling ({pending.reason})" if pending else "")
+        status = 0
+    for task in (work, stopped, revoked):
+        task.cancel()
+    await asyncio.gather(work, stopped, revoked, return_exceptions=True)
+    return status
+
+
+async def _revoked(nvml: NvmlSensor) -> None:
+    """Returns when NVML worked here and was then cut off by the device cgroup, and a restart would help.
+
+    Only as a container's first process: there `restart: unless-stopped` starts us again and the toolkit's hooks
+    give the device back. It cannot loop, since a container that never saw the GPU does not leave.
+    """
+    if os.getpid() != 1:
+        await asyncio.Event().wait()
+    looks = 0
+    while looks < 2:
+        await asyncio.sleep(REVOKED_LOOK_SECONDS)
+        looks = looks + 1 if nvml.revoked else 0
+
+
+def run(settings: Settings) -> int:
+    """The `run` verb: logs to stdout, which is what `docker logs ... | grep` reads."""
+    service = settings.service
+    log_to(sys.stdout, json_lines=service.vram_log_format == "json", debug=service.vram_debug)
+    return asyncio.run(serve(settings))

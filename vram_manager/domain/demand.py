@@ -1,0 +1,36 @@
+"""A demand: somebody needs bytes on a GPU, and until when that stays true."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """Who asks, most urgent first; the letters are those of the tree in `policy.decide`.
+
+    WAITING (3a: a held request or an admission) and STARTING (3c: ComfyUI begins to run, a worker's hard
+    limit) have their place in the order here; nothing raises them yet.
+    """
+
+    WAITING = 1
+    FALLBACK = 2
+    STARTING = 3
+    PRESSURE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """`need_free_bytes` must be free on `gpu` (None: on any GPU the tenant may use) for it to be met.
+
+    It lives until it is met, withdrawn, or `last_seen_at` is too long ago; a rate limit delays it and
+    never loses it. `reason` is the clause that goes into the log line of the free it causes.
+    """
+
+    kind: Kind
+    key: str
+    gpu: str | None
+    need_free_bytes: int
+    reason: str
+    since: float
+    last_seen_at: float

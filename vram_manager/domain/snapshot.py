@@ -1,0 +1,172 @@
+"""What was seen: memory of the GPUs, Ollama's models, ComfyUI's hold and its queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from vram_manager.domain.reading import Missing, Reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """Memory of one device as NVML counts it (struct v2): total = reserved + used + free.
+
+    With the older struct v1, `reserved_bytes` is Missing and `used_bytes` includes the reserve;
+    `free_bytes` is the same in both, which is why everything here is arbitrated on it.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+    reserved_bytes: int | Missing
+
+    @property
+    def usable_bytes(self) -> int:
+        """What processes can have at most: the total without the driver's own reserve."""
+        reserved = 0 if isinstance(self.reserved_bytes, Missing) else self.reserved_bytes
+        return max(1, self.total_bytes - reserved)
+
+    @property
+    def used_percent(self) -> float:
+        """How much of the usable memory is taken, 0..100: the number thresholds are compared with."""
+        return min(100.0, max(0.0, 100.0 * (1.0 - self.free_bytes / self.usable_bytes)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessMemory:
+    """One process on one GPU. Under WSL2, MIG and vGPU its memory is Missing (N/A), not zero."""
+
+    pid: int
+    used_bytes: int | Missing
+    command: tuple[str, ...] | Missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU. `uuid` is its name everywhere; `index` may change between boots."""
+
+    uuid: str
+    index: int
+    name: str
+    memory: GpuMemory | Missing
+    utilization_percent: int | Missing
+    temperature_celsius: int | Missing = Missing("not asked")
+    power_watts: float | Missing = Missing("not asked")
+    processes: tuple[ProcessMemory, ...] | Missing = Missing("not asked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpus:
+    """Every GPU of this node. `second_hand` marks numbers that ComfyUI told because NVML is missing."""
+
+    gpus: tuple[Gpu, ...]
+    driver_version: str | Missing
+    second_hand: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """One entry of Ollama's `/api/ps`. Its split between GPU and CPU is final: Ollama never re-balances."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    size_vram_bytes: int
+    context_length: int | None
+    expires_at: datetime | None
+
+    @property
+    def cpu_ratio(self) -> float | Missing:
+        """The part that sits on the CPU, 0..1; below 1 % is rounding in Ollama's own sums, hence 0."""
+        if self.size_bytes <= 0 or self.size_vram_bytes > self.size_bytes:
+            return Missing("Ollama reports sizes that contradict each other")
+        ratio = (self.size_bytes - self.size_vram_bytes) / self.size_bytes
+        return ratio if ratio > 0.01 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaState:
+    """What Ollama holds. `active_at` is when its list last changed: the only traffic a bystander can see."""
+
+    version: str | Missing
+    models: tuple[LoadedModel, ...]
+    active_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchDevice:
+    """One entry of ComfyUI's `/system_stats` devices, in bytes.
+
+    `vram_free_bytes` counts torch's cached blocks as free; what other processes can have is
+    `device_free_bytes`. Weights under DynamicVRAM are in none of the torch numbers.
+    """
+
+    name: str
+    type: str
+    index: int | None
+    vram_total_bytes: int
+    vram_free_bytes: int
+    torch_total_bytes: int
+    torch_free_bytes: int
+
+    @property
+    def device_free_bytes(self) -> int:
+        """Free as the driver and all other processes see it."""
+        return max(0, self.vram_free_bytes - self.torch_free_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComfyUIState:
+    """ComfyUI's version, launch arguments and devices (`GET /system_stats`)."""
+
+    version: str | Missing
+    argv: tuple[str, ...]
+    devices: tuple[TorchDevice, ...]
+
+    def has_flag(self, *names: str) -> bool:
+        return any(argument.split("=", 1)[0] in names for argument in self.argv)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """ComfyUI's queue: `remaining` = running + pending prompts.
+
+    `since` is when it became idle or busy, `moved_at` when the number last changed, `runs` how many
+    times it was seen to start working: a free that gave nothing is not repeated while `runs` stands still.
+    """
+
+    remaining: int
+    since: float
+    moved_at: float
+    runs: int
+
+    @property
+    def idle(self) -> bool:
+        return self.remaining == 0
+
+    def observed(self, remaining: int, at: float) -> Queue:
+        """The queue after it was seen to hold `remaining` prompts at `at`."""
+        started = remaining > 0 and self.remaining == 0
+        return replace(
+            self,
+            remaining=remaining,
+            since=at if (remaining == 0) != (self.remaining == 0) else self.since,
+            moved_at=at if remaining != self.remaining else self.moved_at,
+            runs=self.runs + (1 if started else 0),
+        )
+
+    @staticmethod
+    def first(remaining: int, at: float) -> Queue:
+        return Queue(remaining=remaining, since=at, moved_at=at, runs=1 if remaining else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything the daemon knows at `taken_at` (monotonic seconds). Readings past their age limit are Missing."""
+
+    taken_at: float
+    gpus: Reading[Gpus]
+    ollama: Reading[OllamaState]
+    comfyui: Reading[ComfyUIState]
+    queue: Reading[Queue]

@@ -1,0 +1,48 @@
+"""Everything that can go wrong and is expected to.
+
+    VramManagerError
+    ├── SettingsError          a setting is wrong: named, with its value and what is allowed (exit 2)
+    ├── AlreadyRunning         another daemon answers on the socket (exit 1)
+    ├── Unreachable            the daemon's socket does not answer (exit 4 for the CLI)
+    └── SensorError            an outside system could not be read or asked
+        ├── TimedOut           it did not answer in time; it is not therefore down
+        └── Rejected           it answered, and the answer was no
+
+Raised at the rim with `from`; the observer turns a SensorError into a `Missing`, the actuator into a
+`free_refused` event. Past those two nothing is caught: a bug ends the process and the container restarts it.
+"""
+
+from __future__ import annotations
+
+
+class VramManagerError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class SettingsError(VramManagerError):
+    """One line that names the variable, its value and what is allowed."""
+
+
+class AlreadyRunning(VramManagerError):
+    """A second daemon on the same socket would fight the first."""
+
+
+class Unreachable(VramManagerError):
+    """Nothing answers on the daemon's socket."""
+
+
+class SensorError(VramManagerError):
+    """An outside system could not be read or asked; `remedy` says what a person can do, where known."""
+
+    def __init__(self, why: str, remedy: str | None = None) -> None:
+        super().__init__(why)
+        self.why = why
+        self.remedy = remedy
+
+
+class TimedOut(SensorError):
+    """No answer within the deadline. Ollama can take 15 s while it unloads: slow is not down."""
+
+
+class Rejected(SensorError):
+    """An answer came and refuses: a status code, or a body that is not what the contract says."""

@@ -1,0 +1,264 @@
+"""The only place that records: a ring for the API, SQLite for the next start, a log line for people.
+
+An event is recorded once and told once. Decisions live in a ring of their own; equal neighbours are folded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+
+from loguru import logger
+
+from vram_manager.clock import Clock
+from vram_manager.domain.action import Stage
+from vram_manager.domain.decision import Decision
+from vram_manager.domain.event import Event, EventType
+from vram_manager.store import Row, Store
+
+RING_EVENTS = 1000
+RING_DECISIONS = 500
+# What waits for a full disk to have room again; beyond that the oldest are lost, and that is said.
+MAX_UNWRITTEN = 10_000
+RETRY_SECONDS = 5.0
+
+_PREFIX = {
+    EventType.FREE_ASKED: "free",
+    EventType.FREED: "free",
+    EventType.FREE_UNCONFIRMED: "free",
+    EventType.FREE_REFUSED: "free",
+    EventType.DRY_RUN: "free",
+    EventType.MODEL_DETECTED: "model",
+    EventType.CPU_FALLBACK: "model",
+    EventType.PRESSURE_BEGAN: "pressure",
+    EventType.PRESSURE_ENDED: "pressure",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A recorded event: `id` is what people quote, `seq` counts up over restarts."""
+
+    id: str
+    seq: int
+    at: datetime
+    event: Event
+    decision_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionEntry:
+    """A recorded decision; `count` equal ones in a row between `at` and `until`, with the newest numbers."""
+
+    id: str
+    at: datetime
+    until: datetime
+    count: int
+    decision: Decision
+
+
+class Journal:
+    """Records events and decisions. All methods but `write_behind` are immediate and never block."""
+
+    def __init__(self, clock: Clock, store: Store) -> None:
+        self._clock = clock
+        self._store = store
+        self._entries: deque[Entry] = deque(maxlen=RING_EVENTS)
+        self._decisions: deque[DecisionEntry] = deque(maxlen=RING_DECISIONS)
+        self._decided = 0
+        self._unwritten: deque[Row] = deque(maxlen=MAX_UNWRITTEN)
+        self._something_to_write = asyncio.Event()
+        self._listeners: list[Callable[[Entry], None]] = []
+        self._entries.extend(entry for row in store.newest(RING_EVENTS) if (entry := _restored(row)))
+        self._seq = self._entries[-1].seq if self._entries else 0
+
+    def record(self, event: Event) -> Entry:
+        """Remembers `event`, tells it in the log and to whoever listens."""
+        self._seq += 1
+        entry = Entry(
+            id=f"{_PREFIX.get(event.type, 'event')}-{self._seq:04d}",
+            seq=self._seq,
+            at=self._clock.utcnow(),
+            event=event,
+            decision_id=self._decisions[-1].id if self._decisions else None,
+        )
+        self._entries.append(entry)
+        level, words = line(entry)
+        logger.bind(event=as_json(entry)).log(level, words)
+        body = json.dumps(as_json(entry), separators=(",", ":"))
+        self._unwritten.append(Row(seq=entry.seq, at=rfc3339(entry.at), type=event.type, body=body))
+        self._something_to_write.set()
+        for listener in self._listeners:
+            listener(entry)
+        return entry
+
+    def decided(self, decision: Decision) -> DecisionEntry:
+        """Remembers `decision`, folded into the newest one if that concluded the same."""
+        now = self._clock.utcnow()
+        last = self._decisions[-1] if self._decisions else None
+        lone = replace(decision, events=())
+        if last is not None and last.decision.branch == decision.branch and decision.action is None:
+            entry = replace(last, until=now, count=last.count + 1, decision=lone)
+            self._decisions[-1] = entry
+            return entry
+        self._decided += 1
+        entry = DecisionEntry(id=f"decision-{self._decided:04d}", at=now, until=now, count=1, decision=lone)
+        self._decisions.append(entry)
+        logger.debug("{}: {}", decision.branch, decision.reason)
+        return entry
+
+    def events(self, after: int = 0, limit: int = RING_EVENTS) -> list[Entry]:
+        """Entries with a larger `seq` than `after`, oldest first."""
+        newer = [entry for entry in self._entries if entry.seq > after]
+        return newer[:limit] if after else newer[-limit:]
+
+    def decisions(self, limit: int) -> list[DecisionEntry]:
+        """Newest first."""
+        return list(reversed(self._decisions))[:limit]
+
+    def listen(self, listener: Callable[[Entry], None]) -> None:
+        """`listener` is called with each entry recorded from now on."""
+        self._listeners.append(listener)
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[asyncio.Queue[Entry]]:
+        """A queue of everything recorded from now on; a reader too slow for 1000 entries loses the oldest."""
+        queue: asyncio.Queue[Entry] = asyncio.Queue(maxsize=RING_EVENTS)
+
+        def push(entry: Entry) -> None:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(entry)
+
+        self._listeners.append(push)
+        try:
+            yield queue
+        finally:
+            self._listeners.remove(push)
+
+    async def write_behind(self) -> None:
+        """Writes what is recorded to the store, in a worker thread, until cancelled."""
+        failing = False
+        while True:
+            await self._something_to_write.wait()
+            self._something_to_write.clear()
+            problem = await asyncio.to_thread(self.flush)
+            if problem and not failing:
+                logger.warning("History cannot be written ({}): kept in memory until it can", problem)
+            if failing and not problem:
+                logger.info("History is written again")
+            failing = problem is not None
+            if failing:
+                await asyncio.sleep(RETRY_SECONDS)
+                self._something_to_write.set()
+
+    def flush(self) -> str | None:
+        """Writes what is not yet written; what went wrong, or None. Blocks."""
+        batch = list(self._unwritten)
+        try:
+            self._store.append(batch)
+        except sqlite3.Error as error:
+            return str(error)
+        for row in batch:
+            if self._unwritten and self._unwritten[0] is row:
+                self._unwritten.popleft()
+        return None
+
+    def close(self) -> None:
+        """Writes the rest and closes the store. Blocks."""
+        problem = self.flush()
+        if problem:
+            logger.warning("{} events could not be written: {}", len(self._unwritten), problem)
+        self._store.close()
+
+
+def rfc3339(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def as_json(entry: Entry) -> dict[str, object]:
+    """The entry as the API, the log and the store give it."""
+    fields = asdict(entry.event)
+    fields.pop("final")
+    return {"id": entry.id, "at": rfc3339(entry.at), **fields, "decision_id": entry.decision_id}
+
+
+def _restored(row: Row) -> Entry | None:
+    """An entry of an earlier run; None when another version wrote something this one cannot read."""
+    try:
+        body = json.loads(row.body)
+        known = {name: body[name] for name in Event.__dataclass_fields__ if name in body}
+        event = Event(
+            **{
+                **known,
+                "type": EventType(body["type"]),
+                "stage": Stage(body["stage"]) if body.get("stage") else None,
+                "models": tuple(body.get("models") or ()),
+            }
+        )
+        return Entry(id=body["id"], seq=row.seq, at=datetime.fromisoformat(row.at), event=event)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+_SENSOR_NAMES = {"nvml": "GPU (NVML)", "ollama": "Ollama", "comfyui": "ComfyUI"}
+
+
+def _who(target: str | None) -> str:
+    if target is None:
+        return "-"
+    if target.startswith("ollama:"):
+        return f"Ollama model {target.removeprefix('ollama:')}"
+    return _SENSOR_NAMES.get(target, target)
+
+
+def _percents(event: Event) -> str:
+    before, after = event.used_percent_before, event.used_percent_after
+    if before is None or after is None:
+        return ""
+    return f" used {before:.0f} % -> {after:.0f} %"
+
+
+def line(entry: Entry) -> tuple[str, str]:
+    """The log line of an entry and its level: one event, one line, who + why + how much."""
+    event = entry.event
+    who, tag = _who(event.target), f"[{entry.id}]"
+    stage = f"{event.stage}; " if event.stage else ""
+    size = f"{(event.freed_bytes or 0) / 2**30:.1f} GiB"
+    took = f"{event.took_seconds or 0:.1f} s"
+    what = f"{who} memory" if event.target == "comfyui" else who
+    match event.type:
+        case EventType.FREED:
+            return "INFO", f"Freed {what}: {size} in {took} ({stage}{event.reason}){_percents(event)} {tag}"
+        case EventType.FREE_UNCONFIRMED if not event.final:
+            return "INFO", f"{who} soft free gave nothing back in {took} ({event.reason}): unload stage next {tag}"
+        case EventType.FREE_UNCONFIRMED:
+            words = f"{size} in {took} ({stage}{event.reason}){_percents(event)}"
+            return "WARNING", f"{who} free not confirmed: {words} {tag}"
+        case EventType.FREE_ASKED:
+            return "DEBUG", f"Asked {who} to free memory ({stage}{event.reason}) {tag}"
+        case EventType.FREE_REFUSED:
+            return "WARNING", f"{who} free not asked: {event.reason} {tag}"
+        case EventType.DRY_RUN:
+            return "INFO", f"DRY RUN: would ask for {event.reason} {tag}"
+        case EventType.MODEL_DETECTED:
+            return "INFO", f"New Ollama model(s) detected: {event.reason} {tag}"
+        case EventType.CPU_FALLBACK:
+            model, _, rest = event.reason.partition(" is ")
+            return "WARNING", f"CPU fallback: {model} is {rest} {tag}"
+        case EventType.PRESSURE_BEGAN:
+            return "INFO", f"Pressure on {who}: {event.reason} {tag}"
+        case EventType.PRESSURE_ENDED:
+            return "INFO", f"Pressure on {who} is over: {event.reason} {tag}"
+        case EventType.WORKER_DEAD | EventType.READINGS_DISAGREE:
+            return "WARNING", f"{who}: {event.reason} {tag}"
+        case EventType.SENSOR_LOST:
+            return "WARNING", f"{who} cannot be read: {event.reason} {tag}"
+        case EventType.SENSOR_BACK:
+            return "INFO", f"{who} can be read: {event.reason} {tag}"

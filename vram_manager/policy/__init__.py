@@ -1,0 +1,13 @@
+"""Pure rules: (values, now) -> value. No I/O, no clock, no log, no configuration.
+
+`decide` is the public door and repeats the numbered tree; the other files are its words: `accounting` (who
+holds what), `demands` (who needs what), `pressure`, `guards` (why not now), `settle` (has it come back?),
+`cadence` (when to look again). `Rules` is all they know of the settings.
+"""
+
+from vram_manager.policy.cadence import beat_seconds
+from vram_manager.policy.decide import decide, decide_manual
+from vram_manager.policy.rules import Rules
+from vram_manager.policy.settle import asked, refused, reposted
+
+__all__ = ["Rules", "asked", "beat_seconds", "decide", "decide_manual", "refused", "reposted"]

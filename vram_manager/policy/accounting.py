@@ -1,0 +1,199 @@
+"""Who holds what on which GPU, and what of it could come back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vram_manager.domain.action import Stage
+from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.snapshot import (
+    ComfyUIState,
+    Gpu,
+    GpuMemory,
+    Gpus,
+    ProcessMemory,
+    Queue,
+    Snapshot,
+    TorchDevice,
+)
+from vram_manager.domain.watch import Lesson
+from vram_manager.policy.rules import Rules
+
+
+class Certainty(StrEnum):
+    """How we know: counted by somebody, learned from an earlier free, or only unaccounted for."""
+
+    MEASURED = "measured"
+    LEARNED = "learned"
+    PERHAPS = "perhaps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """What ComfyUI holds on its GPU. `unaccounted_bytes` is used memory that nobody reports (None: unknown)."""
+
+    bytes: int
+    certainty: Certainty
+    torch_bytes: int
+    unaccounted_bytes: int | None
+
+    @property
+    def expected_bytes(self) -> int | None:
+        """What a free should give back, or None where it can only be guessed."""
+        return None if self.certainty is Certainty.PERHAPS else self.bytes
+
+
+def gpus_seen(snapshot: Snapshot) -> Gpus | Missing:
+    """The GPUs as NVML tells them; failing that, second-hand from ComfyUI; failing that, why not."""
+    first_hand: Gpus | Missing
+    match snapshot.gpus:
+        case Seen(value=gpus):
+            if any(isinstance(gpu.memory, GpuMemory) for gpu in gpus.gpus):
+                return gpus
+            causes = {gpu.memory.why for gpu in gpus.gpus if isinstance(gpu.memory, Missing)}
+            first_hand = Missing("; ".join(sorted(causes)) or "no GPU")
+        case Missing() as missing:
+            first_hand = missing
+        case _:
+            first_hand = Missing("GPU sensor is off")
+    match snapshot.comfyui:
+        case Seen(value=comfyui):
+            devices = [device for device in comfyui.devices if device.type == "cuda" and device.vram_total_bytes]
+            if devices:
+                told = tuple(_second_hand(place, device) for place, device in enumerate(devices))
+                return Gpus(gpus=told, driver_version=Missing("told by ComfyUI"), second_hand=True)
+    return first_hand
+
+
+def _second_hand(place: int, device: TorchDevice) -> Gpu:
+    unknown = Missing("told by ComfyUI, not by NVML")
+    free_bytes = min(device.device_free_bytes, device.vram_total_bytes)
+    return Gpu(
+        uuid=f"comfyui-{place}",
+        index=place,
+        name=device.name,
+        memory=GpuMemory(
+            total_bytes=device.vram_total_bytes,
+            used_bytes=device.vram_total_bytes - free_bytes,
+            free_bytes=free_bytes,
+            reserved_bytes=unknown,
+        ),
+        utilization_percent=unknown,
+    )
+
+
+def named(gpus: Gpus, wanted: str) -> Gpu | None:
+    """The GPU a setting names by UUID or index."""
+    return next((gpu for gpu in gpus.gpus if wanted in (gpu.uuid, str(gpu.index))), None)
+
+
+def comfyui_gpu(comfyui: ComfyUIState, gpus: Gpus, rules: Rules) -> Gpu | Missing:
+    """The GPU ComfyUI computes on: by setting, as the only one, by its process, name or free memory."""
+    if gpus.second_hand:
+        return gpus.gpus[0]
+    if rules.comfyui_gpu is not None:
+        found = named(gpus, rules.comfyui_gpu)
+        return found or Missing(f"COMFYUI_GPU={rules.comfyui_gpu} is none of the GPUs seen here")
+    if not comfyui.devices:
+        return Missing("ComfyUI runs without a GPU")
+    if len(gpus.gpus) == 1:
+        return gpus.gpus[0]
+    by_process = [gpu for gpu in gpus.gpus if comfyui_process(comfyui, gpu) is not None]
+    device = comfyui.devices[0]
+    by_name = [gpu for gpu in gpus.gpus if gpu.name and gpu.name in device.name]
+    by_free = [gpu for gpu in by_name if _about_equal_free(gpu, device)]
+    for candidates in (by_process, by_name, by_free):
+        if len(candidates) == 1:
+            return candidates[0]
+    return Missing("several GPUs and no way to tell which one is ComfyUI's", remedy="set COMFYUI_GPU")
+
+
+def _about_equal_free(gpu: Gpu, device: TorchDevice) -> bool:
+    # Both count the whole device; 256 MiB covers what moves between two looks at an idle card.
+    return isinstance(gpu.memory, GpuMemory) and abs(gpu.memory.free_bytes - device.device_free_bytes) <= 2**28
+
+
+def comfyui_process(comfyui: ComfyUIState, gpu: Gpu) -> ProcessMemory | None:
+    """The process on `gpu` whose command line ends with the arguments ComfyUI says it was started with."""
+    if isinstance(gpu.processes, Missing) or not comfyui.argv:
+        return None
+    for process in gpu.processes:
+        if not isinstance(process.command, Missing) and process.command[-len(comfyui.argv) :] == comfyui.argv:
+            return process
+    return None
+
+
+def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int | Missing:
+    """What Ollama says it holds on `gpu`. `/api/ps` sums over GPUs, so with several it may be unknown."""
+    match snapshot.ollama:
+        case Seen(value=ollama):
+            total = sum(model.size_vram_bytes for model in ollama.models)
+        case Missing() as missing:
+            return missing
+        case _:
+            return 0
+    if total == 0 or len(gpus.gpus) == 1:
+        return total
+    if rules.ollama_gpu is not None:
+        return total if named(gpus, rules.ollama_gpu) is gpu else 0
+    return Missing("Ollama does not say which GPU its models are on", remedy="set OLLAMA_GPU")
+
+
+def can_use(gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:
+    """Whether Ollama may place a model on `gpu`: on any, unless OLLAMA_GPU says otherwise."""
+    return rules.ollama_gpu is None or named(gpus, rules.ollama_gpu) is gpu
+
+
+def weights_may_hide(comfyui: ComfyUIState) -> bool:
+    """Whether DynamicVRAM may be on, so that weights are in none of torch's numbers.
+
+    Default on NVIDIA after 0.15.1 (ComfyUI PR 12658), off with the flags below (cli_args.py).
+    """
+    if comfyui.has_flag("--highvram", "--gpu-only", "--novram", "--cpu", "--disable-dynamic-vram"):
+        return False
+    if isinstance(comfyui.version, Missing):
+        return True
+    numbers = re.findall(r"\d+", comfyui.version)
+    return not numbers or tuple(int(n) for n in numbers[:2]) >= (0, 15)
+
+
+def comfyui_hold(
+    snapshot: Snapshot, comfyui: ComfyUIState, gpus: Gpus, gpu: Gpu, lesson: Lesson | None, stage: Stage, rules: Rules
+) -> Hold:
+    """What ComfyUI holds on `gpu` and how sure that is."""
+    torch_bytes = comfyui.devices[0].torch_total_bytes if comfyui.devices else 0
+    held_by_ollama = ollama_bytes(snapshot, gpus, gpu, rules)
+    unaccounted: int | None = None
+    if isinstance(gpu.memory, GpuMemory) and not isinstance(held_by_ollama, Missing):
+        used_bytes = gpu.memory.usable_bytes - gpu.memory.free_bytes
+        unaccounted = max(0, used_bytes - held_by_ollama - torch_bytes)
+    process = comfyui_process(comfyui, gpu)
+    if process is not None and isinstance(process.used_bytes, int):
+        own = max(torch_bytes, process.used_bytes - rules.context_bytes)
+        return Hold(bytes=own, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted)
+    if not weights_may_hide(comfyui) or unaccounted is None:
+        return Hold(
+            bytes=torch_bytes, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted
+        )
+    floors: Mapping[Stage, int] = lesson.floors if lesson else {}
+    floor = floors.get(stage)
+    hidden = max(0, unaccounted - (rules.unseen_allowance_bytes if floor is None else floor))
+    if hidden < rules.min_reclaim_bytes:
+        certainty = Certainty.MEASURED
+        hidden = 0
+    else:
+        certainty = Certainty.PERHAPS if floor is None else Certainty.LEARNED
+    return Hold(bytes=torch_bytes + hidden, certainty=certainty, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted)
+
+
+def nothing_new(hold: Hold, lesson: Lesson | None, queue: Queue, stage: Stage, rules: Rules) -> bool:
+    """ComfyUI has not run since it was last asked this (or harder), and its torch has not grown either."""
+    if lesson is None or lesson.runs != queue.runs:
+        return False
+    grown = lesson.torch_bytes_after is not None and (
+        hold.torch_bytes >= lesson.torch_bytes_after + rules.min_reclaim_bytes
+    )
+    return not grown and (stage in lesson.stages or Stage.UNLOAD in lesson.stages)

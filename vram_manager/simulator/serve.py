@@ -1,0 +1,143 @@
+"""The simulated servers on real ports, inside the running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from vram_manager.simulator.comfyui_memory import Mode
+from vram_manager.simulator.ledger import Ledger, OutOfMemory
+from vram_manager.simulator.world import World
+
+
+class _QuietServer(uvicorn.Server):
+    """A uvicorn that leaves signals to the program around it and says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+    """`app` answers at the URL this yields, until the block ends. Port 0 takes a free one."""
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_ping_interval=None,  # ComfyUI's socket has no heartbeat
+        timeout_graceful_shutdown=1,
+    )
+    server = _QuietServer(config)
+    serving_task = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        await server.up.wait()
+        name = "127.0.0.1" if host == "0.0.0.0" else host
+        yield f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving_task
+        listener.close()
+
+
+def control_app(ledger: Ledger) -> Starlette:
+    """GET /gpu tells the truth; POST /gpu/hold {"holder", "bytes"} is another process, gone at 0 bytes."""
+
+    def truth() -> Response:
+        return JSONResponse(
+            {
+                "name": ledger.name,
+                "uuid": ledger.uuid,
+                "total_bytes": ledger.total_bytes,
+                "reserved_bytes": ledger.reserved_bytes,
+                "free_bytes": ledger.free_bytes,
+                "peak_used_bytes": ledger.peak_used_bytes,
+                "out_of_memory": ledger.ooms,
+                "holders": ledger.holders(),
+            }
+        )
+
+    async def get_gpu(request: Request) -> Response:
+        return truth()
+
+    async def post_hold(request: Request) -> Response:
+        try:
+            body = json.loads(await request.body())
+            ledger.resize(str(body["holder"]), int(body["bytes"]))
+        except OutOfMemory as oom:
+            return JSONResponse({"error": str(oom)}, 409)
+        except (KeyError, TypeError, ValueError) as wrong:
+            return JSONResponse({"error": f'expected {{"holder", "bytes"}}: {wrong!r}'}, 400)
+        return truth()
+
+    return Starlette(routes=[Route("/gpu", get_gpu), Route("/gpu/hold", post_hold, methods=["POST"])])
+
+
+@contextmanager
+def mirrored(ledger: Ledger, path: Path) -> Iterator[None]:
+    """Every change of the ledger also shows in the state file of the fake NVML library."""
+    from vram_manager.simulator.nvml_state import NvmlState  # noqa: PLC0415 - only with a fake NVML
+
+    with NvmlState(path, gpus=1) as state:
+
+        def write() -> None:
+            state.set_memory(
+                0,
+                total=ledger.total_bytes,
+                reserved=ledger.reserved_bytes,
+                used=ledger.used_bytes,
+                free=ledger.free_bytes,
+            )
+
+        state.set_identity(0, name=ledger.name, uuid=ledger.uuid)
+        write()
+        ledger.on_change.append(write)
+        try:
+            yield
+        finally:
+            ledger.on_change.remove(write)
+
+
+async def serve_world(
+    *,
+    ollama_port: int = 11434,
+    comfyui_port: int = 8188,
+    host: str = "127.0.0.1",
+    gpu_gib: float = 24,
+    mode: Mode = "dynamic",
+    control_port: int | None = None,
+    nvml_state: Path | None = None,
+) -> None:
+    """Both servers, and the control app if it has a port, until cancelled."""
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(World(gpu_gib, mode=mode))
+        if nvml_state is not None:
+            stack.enter_context(mirrored(world.ledger, nvml_state))
+        await stack.enter_async_context(serving(world.ollama.app, host, ollama_port))
+        await stack.enter_async_context(serving(world.comfyui.app, host, comfyui_port))
+        if control_port is not None:
+            await stack.enter_async_context(serving(control_app(world.ledger), host, control_port))
+        await asyncio.Event().wait()
