@@ -215,7 +215,11 @@ def health() -> None:
 @click.option("--control-port", type=int, help="Also a port to look at and fill the simulated GPU.")
 @click.option("--gpu-gib", default=24.0, show_default=True)
 @click.option("--mode", type=click.Choice(["legacy", "dynamic", "highvram"]), default="dynamic", show_default=True)
-@click.option("--nvml-state", type=click.Path(dir_okay=False, path_type=Path), help="Mirror the GPU into a fake NVML's state file.")
+@click.option(
+    "--nvml-state",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Mirror the GPU into a fake NVML's state file.",
+)
 def simulate(**options: Any) -> None:
     """An Ollama and a ComfyUI on one simulated GPU, on real ports, quirks included."""
     import asyncio

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -45,9 +46,17 @@ def _json_object(value: object) -> object:
     return parsed
 
 
+def _port_is_fine(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
 def _url(value: object) -> object:
     if isinstance(value, str) and (stripped := value.strip().rstrip("/")):
-        if not stripped.startswith(("http://", "https://")) or not stripped.split("://", 1)[1]:
+        parts = urlsplit(stripped)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _port_is_fine(parts):
             raise ValueError("must be an http:// or https:// URL, or empty for none")
         return stripped
     return "" if isinstance(value, str) else value

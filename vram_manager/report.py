@@ -25,7 +25,9 @@ def in_words(snapshot: dict[str, Any], events: list[dict[str, Any]]) -> str:
     lines += _gpus(snapshot) + ["", *_ollama(snapshot["ollama"]), "", *_comfyui(snapshot["comfyui"])]
     if snapshot["demands"]:
         lines += ["", "Who needs memory"]
-        lines += [f"  {demand['reason']} (needs {gib(demand['need_free_bytes'])} free)" for demand in snapshot["demands"]]
+        lines += [
+            f"  {demand['reason']} (needs {gib(demand['need_free_bytes'])} free)" for demand in snapshot["demands"]
+        ]
     for gpu, size in snapshot.get("unreclaimable_bytes", {}).items():
         lines.append(f"  {gib(size)} on {gpu} stay in use although everybody was asked")
     lines += ["", f"Now: {snapshot['now'] or 'starting'}"]
@@ -93,10 +95,14 @@ def _comfyui(comfyui: dict[str, Any] | None) -> list[str]:
         return [f"ComfyUI cannot be read: {comfyui['why']}"]
     lines = [f"ComfyUI {comfyui['version'] or '(version unknown)'}"]
     remaining = comfyui["queue_remaining"]
-    lines.append(f"   idle for {comfyui['idle_seconds']:.0f} s" if remaining == 0 else f"   {remaining} running or waiting")
+    lines.append(
+        f"   idle for {comfyui['idle_seconds']:.0f} s" if remaining == 0 else f"   {remaining} running or waiting"
+    )
     for device in comfyui["devices"] or ():
         in_use = device["torch_total_bytes"] - device["torch_free_bytes"]
-        lines.append(f"   torch holds {gib(in_use)} in use, {gib(device['torch_free_bytes'])} cached  ({device['name']})")
+        lines.append(
+            f"   torch holds {gib(in_use)} in use, {gib(device['torch_free_bytes'])} cached  ({device['name']})"
+        )
     return lines if comfyui["devices"] else [*lines, "   runs without a GPU"]
 
 

@@ -43,9 +43,14 @@ class Tenants:
     async def render(self, prompt: dict[str, Any], **more: Any) -> str:
         """Posts a prompt and returns its id once its history is there."""
         prompt_id = await self.post(prompt, **more)
-        while not await self.history(prompt_id):
-            await asyncio.sleep(0.05)
+        await self.ended(prompt_id)
         return prompt_id
+
+    async def ended(self, prompt_id: str) -> dict[str, Any]:
+        """The history entry, once it is there."""
+        while not (entry := await self.history(prompt_id)):  # noqa: ASYNC110 - HTTP has no event to wait for
+            await asyncio.sleep(0.05)
+        return entry
 
     async def post(self, prompt: dict[str, Any], **more: Any) -> str:
         reply = await self.comfyui.post("/prompt", json={"prompt": prompt, **more})
@@ -62,8 +67,6 @@ class Tenants:
         await self.ollama.aclose()
         await self.comfyui.aclose()
         await self.world.close()
-
-
 
 
 @pytest_asyncio.fixture

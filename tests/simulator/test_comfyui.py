@@ -138,7 +138,11 @@ async def test_unload_models_keeps_the_node_cache(settle, mode):
 
 @pytest.mark.parametrize(
     "body",
-    [{"free_memory": True}, {"unload_models": False, "free_memory": True}, {"unload_models": "", "free_memory": "no"}],
+    [
+        {"free_memory": True},
+        {"unload_models": False, "free_memory": True},
+        {"unload_models": "", "free_memory": "no"},
+    ],
     ids=str,
 )
 async def test_free_memory_is_the_hardest_body_whatever_unload_models_says(settle, body):
@@ -179,7 +183,7 @@ async def test_custom_nodes_keep_what_only_a_reset_or_a_restart_frees(settle):
     assert held(tenants) == CONTEXT_BYTES + 200 * MIB
 
 
-async def test_an_identical_prompt_runs_no_node(settle, looptime):
+async def test_an_identical_prompt_runs_no_node(settle):
     tenants = settle()
     await tenants.render(txt2img())
     await idle(tenants)
@@ -209,11 +213,9 @@ async def test_a_free_waits_for_the_running_prompt_and_goes_before_the_next(sett
     await asyncio.sleep(6)
     await tenants.free(free_memory=True)
     assert tenants.world.comfyui.counters.frees_posted_while_busy == 1
-    while not await tenants.history(first):
-        await asyncio.sleep(0.05)
+    await tenants.ended(first)
     assert tenants.world.comfyui.counters.frees_acted_on == 1
-    while not await tenants.history(second):
-        await asyncio.sleep(0.05)
+    await tenants.ended(second)
     assert tenants.world.comfyui.counters.loads_from_disk == 2
     assert tenants.world.comfyui.counters.frees_acted_on == 1
 
@@ -329,3 +331,13 @@ async def test_a_lost_gpu_fails_prompts_and_stats_but_not_the_queue(settle):
     assert (await tenants.history(prompt_id))["status"]["status_str"] == "error"
     assert (await tenants.comfyui.get("/system_stats")).status_code == 500
     assert (await tenants.comfyui.get("/queue")).status_code == 200
+
+
+async def test_a_node_that_raises_ends_its_prompt_and_not_the_worker(settle):
+    tenants = settle()
+    wrong = txt2img()
+    wrong["3"]["inputs"]["model"] = 1
+    prompt_id = await tenants.render(wrong)
+    assert (await tenants.history(prompt_id))["status"]["messages"][-1][0] == "execution_error"
+    prompt_id = await tenants.render(txt2img())
+    assert (await tenants.history(prompt_id))["status"]["completed"]

@@ -334,7 +334,9 @@ async def test_names_ignore_case_and_default_to_latest(settle):
 
 
 async def test_streams_are_lines_of_json_with_the_numbers_in_the_last(settle):
-    reply = await settle().ollama.post("/api/chat", json={"model": "llama3.1:8b", "messages": [{"role": "user"}]})
+    reply = await settle().ollama.post(
+        "/api/chat", json={"model": "llama3.1:8b", "messages": [{"role": "user"}]}
+    )
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert reply.headers["content-type"] == "application/x-ndjson"
     assert [line["done"] for line in lines] == [False] * 48 + [True]
@@ -371,7 +373,16 @@ async def test_replies_have_the_shape_of_the_contract(settle, recorded, shape, m
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [(300, 300), ("5m", 300), ("1h30m", 5400), ("0", 0), (0, 0), ("0s", 0), (-1, float("inf")), ("-1m", float("inf"))],
+    [
+        (300, 300),
+        ("5m", 300),
+        ("1h30m", 5400),
+        ("0", 0),
+        (0, 0),
+        ("0s", 0),
+        (-1, float("inf")),
+        ("-1m", float("inf")),
+    ],
 )
 async def test_a_keep_alive_is_seconds_or_a_go_duration(value, seconds):
     assert keep_alive_seconds(value) == seconds

@@ -33,6 +33,11 @@ def fast_world():
     return World(ollama_settings=FAST_OLLAMA, comfyui_settings=FAST_COMFYUI)
 
 
+async def until(true):
+    while not true():  # noqa: ASYNC110 - the ledger's callbacks would be more code than this
+        await asyncio.sleep(0.01)
+
+
 async def events(socket):
     """All messages up to the end of a prompt."""
     seen = []
@@ -59,7 +64,12 @@ async def test_one_gpu_is_shared_over_real_sockets():
         assert seen[-4:] == ["executed", "execution_success", "status", "executing"]
         statuses = [json.loads(await bystander.recv()) for _ in range(4)]
         assert [status["type"] for status in statuses] == ["status"] * 4
-        assert [status["data"]["status"]["exec_info"]["queue_remaining"] for status in statuses] == [0, 1, 1, 0]
+        assert [status["data"]["status"]["exec_info"]["queue_remaining"] for status in statuses] == [
+            0,
+            1,
+            1,
+            0,
+        ]
         url = f"{ollama}/api/chat"
         body = {"model": "llama3.1:8b", "messages": [{"role": "user", "content": "hi"}]}
         async with client.stream("POST", url, json=body) as stream:
@@ -91,13 +101,13 @@ async def test_hanging_up_over_a_real_socket_aborts_the_load():
     slow = OllamaSettings(load_bytes_per_second=GIB, start_seconds=0)
     async with World(ollama_settings=slow) as world, serving(world.ollama.app) as ollama:
         async with httpx.AsyncClient() as client:
-            loading = asyncio.ensure_future(client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"}))
-            while "ollama:qwen3:14b" not in world.ledger.holders():
-                await asyncio.sleep(0.01)
+            loading = asyncio.ensure_future(
+                client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"})
+            )
+            await until(lambda: "ollama:qwen3:14b" in world.ledger.holders())
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-        while "ollama:qwen3:14b" in world.ledger.holders():
-            await asyncio.sleep(0.01)
+        await until(lambda: "ollama:qwen3:14b" not in world.ledger.holders())
     assert world.ollama.counters.loads == 0
 
 

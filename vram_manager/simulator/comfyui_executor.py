@@ -64,10 +64,6 @@ class Interrupted(Exception):
     """POST /interrupt, noticed at a node's start or a sampler's step."""
 
 
-class GpuLost(Exception):
-    """Every CUDA call of the process fails from now on."""
-
-
 class Executor:
     """`send(event, data, client_id)` reaches one socket, or every socket when the client is None."""
 
@@ -124,8 +120,8 @@ class Executor:
             run.raised(node_id, "torch.OutOfMemoryError", f"Allocation on device : {oom}")
             self.memory.unload_all()  # "Got an OOM, unloading all loaded models." (execution.py:execute)
             self.memory.empty_cache()
-        except GpuLost:
-            run.raised(node_id, "RuntimeError", "CUDA error: unspecified launch failure")
+        except Exception as error:  # as in execution.py:execute, a node that raises never ends the worker
+            run.raised(node_id, type(error).__name__, str(error))
         return run.history_entry()
 
     async def _run_node(self, run: Run, node_id: str, signatures: dict[str, str]) -> None:
@@ -193,7 +189,7 @@ class Executor:
     async def _bring(self, weights: Weights, working_bytes: int) -> None:
         """The weights are on the GPU, or as many as there is room for."""
         if self.memory.ledger.lost:
-            raise GpuLost
+            raise RuntimeError("CUDA error: unspecified launch failure")
         target_bytes = self.memory.make_room(weights, working_bytes)
         missing_bytes = target_bytes - weights.gpu_bytes
         if missing_bytes > 0:

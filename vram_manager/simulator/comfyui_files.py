@@ -114,6 +114,8 @@ def validate(
     `names_missing_nodes`: since 2026 an unknown class is a `missing_node_type`, before an `invalid_prompt`.
     """
     outputs = []
+    if _malformed(prompt):
+        return Invalid(error("invalid_prompt", "Cannot execute because a node is malformed"), {})
     for node_id, node in prompt.items():
         kind = node.get("class_type", "")
         known = NODE_CLASSES.get(kind)
@@ -146,6 +148,16 @@ def validate(
     details = "\n".join(f"{found['message']}: {found['details']}" for found in own)
     failed = error("prompt_outputs_failed_validation", "Prompt outputs failed validation", details)
     return Invalid(failed, node_errors)
+
+
+def _malformed(prompt: Workflow) -> bool:
+    """Something is not a node, or a link leads nowhere."""
+    if not isinstance(prompt, dict):
+        return True
+    nodes = prompt.values()
+    if not all(isinstance(node, dict) and isinstance(node.get("inputs"), dict) for node in nodes):
+        return True
+    return any(source not in prompt for node in nodes for source in links(node))
 
 
 def _errors(node: Mapping[str, Any], files: Sequence[ModelFile]) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Weights:
     @property
     def missing_ratio(self) -> float:
         """The part that has to be streamed in for every step."""
-        return 1 - self.gpu_bytes / self.size_bytes
+        return 1 - self.gpu_bytes / self.size_bytes if self.size_bytes else 0.0
 
 
 class ComfyUIMemory:
@@ -166,11 +166,9 @@ class ComfyUIMemory:
         return self.mode == "highvram" and weights.part is Part.DIFFUSION
 
     def _take_off(self, weights: Weights, wanted_bytes: int) -> None:
-        """Legacy moves a whole model and keeps its blocks cached; dynamic unmaps only the pages needed."""
-        taken_bytes = weights.gpu_bytes
-        if self.mode == "dynamic":
-            taken_bytes = min(taken_bytes, max(0, wanted_bytes))
-        else:
+        """Only what is needed leaves (LoadedModel.model_unload); blocks of torch stay cached."""
+        taken_bytes = min(weights.gpu_bytes, max(0, wanted_bytes))
+        if self.mode != "dynamic":
             self.cached_bytes += taken_bytes
         weights.gpu_bytes -= taken_bytes
         self._book()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from types import TracebackType
 
 from vram_manager.simulator.comfyui import SimulatedComfyUI
@@ -10,7 +11,7 @@ from vram_manager.simulator.comfyui_executor import ComfyUISettings
 from vram_manager.simulator.comfyui_files import ModelFile, Workflow
 from vram_manager.simulator.comfyui_memory import Mode
 from vram_manager.simulator.ledger import GIB, MIB, Ledger, LedgerGpuSensor
-from vram_manager.simulator.ollama import SimulatedOllama
+from vram_manager.simulator.ollama import SimulatedOllama, utcnow
 from vram_manager.simulator.ollama_library import OllamaModel
 from vram_manager.simulator.ollama_runner import OllamaSettings
 
@@ -98,12 +99,15 @@ class World:
         ollama_models: Sequence[OllamaModel] = OLLAMA_MODELS,
         comfyui_files: Sequence[ModelFile] = COMFYUI_FILES,
         show_processes: bool = False,
+        utcnow: Callable[[], datetime] = utcnow,
     ) -> None:
         name = "Simulated RTX 4090" if gpu_gib >= 24 else f"Simulated GPU with {gpu_gib:g} GiB"
         self.ledger = Ledger(int(gpu_gib * GIB), name=name)
         self.gpus = LedgerGpuSensor(self.ledger, show_processes=show_processes)
-        self.ollama = SimulatedOllama(self.ledger, ollama_models, settings=ollama_settings)
-        self.comfyui = SimulatedComfyUI(self.ledger, comfyui_files, mode=mode, settings=comfyui_settings)
+        self.ollama = SimulatedOllama(self.ledger, ollama_models, settings=ollama_settings, utcnow=utcnow)
+        self.comfyui = SimulatedComfyUI(
+            self.ledger, comfyui_files, mode=mode, settings=comfyui_settings, utcnow=utcnow
+        )
 
     async def __aenter__(self) -> World:
         return self

@@ -1,0 +1,208 @@
+"""Checks every part for real, from where it is started, and says how to mend what is wrong.
+
+Nothing is freed: ComfyUI's `/free` is asked with an empty object, which sets no flag and wakes no worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import click
+
+from vram_manager import __version__, config
+from vram_manager.backends.comfyui import HttpComfyUI
+from vram_manager.backends.http import JsonClient
+from vram_manager.backends.ollama import HttpOllama
+from vram_manager.client import call
+from vram_manager.config import Settings
+from vram_manager.domain.reading import Missing
+from vram_manager.domain.snapshot import ComfyUIState, Gpu, Gpus
+from vram_manager.errors import SensorError, Unreachable
+from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.policy.accounting import comfyui_gpu, weights_may_hide
+from vram_manager.policy.demands import gib, on_cpu, placement
+
+Verdict: TypeAlias = Literal["fine", "note", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. A note works, with something worth knowing."""
+
+    part: str
+    verdict: Verdict
+    words: str
+    remedy: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Looks at every part; what one part answers never hides another."""
+    return asyncio.run(_examine(settings))
+
+
+def in_words(findings: list[Finding], *, colour: bool) -> str:
+    """The findings for people."""
+    marks: dict[Verdict, tuple[str, str]] = {
+        "fine": ("ok", "green"),
+        "note": ("note", "yellow"),
+        "wrong": ("WRONG", "red"),
+    }
+    lines = [f"vram-manager {__version__} doctor"]
+    for finding in findings:
+        mark, hue = marks[finding.verdict]
+        shown = click.style(f"{mark:>5}", fg=hue) if colour else f"{mark:>5}"
+        lines.append(f"{shown}  {finding.part:<9} {finding.words}")
+        if finding.remedy:
+            lines.append(f"       {'':<9} -> {finding.remedy}")
+    wrong = sum(finding.verdict == "wrong" for finding in findings)
+    lines.append(f"{wrong} of {len(findings)} checks found something wrong" if wrong else "Everything works.")
+    return "\n".join(lines)
+
+
+async def _examine(settings: Settings) -> list[Finding]:
+    findings = [Finding("settings", "note", words) for words in config.unknown_names(os.environ)]
+    if not findings:
+        findings.append(Finding("settings", "fine", f"profile {settings.policy.vram_profile}, every name known"))
+    gpus, about_gpus = await _gpus(settings)
+    findings += about_gpus
+    findings += await _ollama(settings)
+    findings += await _comfyui(settings, gpus)
+    findings.append(_state(settings))
+    findings.append(_daemon(settings))
+    return findings
+
+
+async def _gpus(settings: Settings) -> tuple[Gpus | None, list[Finding]]:
+    sensor = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
+    try:
+        gpus = await sensor.read(with_processes=True)
+    except SensorError as error:
+        return None, [Finding("nvml", "wrong", error.why, error.remedy)]
+    finally:
+        sensor.close()
+    driver = gpus.driver_version if isinstance(gpus.driver_version, str) else "version unknown"
+    return gpus, [finding for gpu in gpus.gpus for finding in _gpu(gpu, driver)]
+
+
+def _gpu(gpu: Gpu, driver: str) -> list[Finding]:
+    part, name = f"gpu {gpu.index}", f"{gpu.name} ({gpu.uuid}, driver {driver})"
+    if isinstance(gpu.memory, Missing):
+        return [Finding(part, "wrong", f"{name}: {gpu.memory.why}", gpu.memory.remedy)]
+    memory = gpu.memory
+    words = f"{name}: {gib(memory.free_bytes)} of {gib(memory.total_bytes)} free, {memory.used_percent:.0f} % used"
+    findings = [Finding(part, "fine", words)]
+    if isinstance(gpu.processes, Missing):
+        why = f"{gpu.processes.why}: who holds what is worked out from the APIs instead"
+        findings.append(Finding(part, "note", why, gpu.processes.remedy))
+    return findings
+
+
+async def _ollama(settings: Settings) -> list[Finding]:
+    url = settings.ollama.ollama_url
+    if not url:
+        return [Finding("ollama", "note", "OLLAMA_URL is empty: no Ollama here")]
+    server = HttpOllama(JsonClient(url, headers=settings.ollama.ollama_headers, name="ollama"))
+    async with contextlib.aclosing(server):
+        try:
+            state = await server.models()
+        except SensorError as error:
+            return [Finding("ollama", "wrong", f"{url}: {error.why}", error.remedy)]
+    version = state.version if isinstance(state.version, str) else "version unknown"
+    loaded = ", ".join(f"{model.name} {placement(model)}" for model in state.models) or "no model loaded"
+    findings = [Finding("ollama", "fine", f"{url}: {version}, {loaded}")]
+    findings += [
+        Finding(
+            "ollama", "note", f"{model.name} is partly or wholly on the CPU", "it moves only when it is loaded again"
+        )
+        for model in state.models
+        if on_cpu(model)
+    ]
+    return findings
+
+
+async def _comfyui(settings: Settings, gpus: Gpus | None) -> list[Finding]:
+    url = settings.comfyui.comfyui_url
+    if not url:
+        return [Finding("comfyui", "note", "COMFYUI_URL is empty: no ComfyUI here")]
+    server = HttpComfyUI(JsonClient(url, headers=settings.comfyui.comfyui_headers, name="comfyui"))
+    async with contextlib.aclosing(server):
+        try:
+            state = await server.stats()
+            remaining = await server.queue_remaining()
+        except SensorError as error:
+            return [Finding("comfyui", "wrong", f"{url}: {error.why}", error.remedy)]
+        version = state.version if isinstance(state.version, str) else "version unknown"
+        findings = [Finding("comfyui", "fine", f"{url}: {version}, {remaining} running or waiting")]
+        findings += _about_devices(settings, state, gpus)
+        findings.append(
+            await _tried("POST /free is allowed (asked with {}, which frees nothing)", lambda: server.free({}))
+        )
+        findings.append(await _tried("its websocket tells queue changes", lambda: _first_status(server)))
+    return findings
+
+
+def _about_devices(settings: Settings, state: ComfyUIState, gpus: Gpus | None) -> list[Finding]:
+    if not state.devices:
+        return [Finding("comfyui", "note", "it runs without a GPU: there is nothing to free")]
+    findings = []
+    if state.has_flag("--highvram", "--gpu-only"):
+        words = "its flags keep weights on the GPU: the unload stage is used at once, the soft stage frees nothing"
+        findings.append(Finding("comfyui", "note", words))
+    elif weights_may_hide(state):
+        words = "DynamicVRAM may be on: weights are in none of its numbers, what a free gives is learned"
+        findings.append(Finding("comfyui", "note", words))
+    if gpus is not None:
+        gpu = comfyui_gpu(state, gpus, settings.rules())
+        if isinstance(gpu, Missing):
+            findings.append(Finding("comfyui", "wrong", gpu.why, gpu.remedy))
+        else:
+            findings.append(Finding("comfyui", "fine", f"it computes on GPU {gpu.index} ({gpu.name})"))
+    return findings
+
+
+async def _first_status(server: HttpComfyUI) -> None:
+    async with contextlib.aclosing(server.statuses()) as statuses:
+        async with asyncio.timeout(10):
+            await anext(statuses)
+
+
+async def _tried(words: str, attempt: Callable[[], Awaitable[None]]) -> Finding:
+    try:
+        await attempt()
+    except TimeoutError:
+        return Finding("comfyui", "note", f"not so: {words} (nothing came within 10 s)", "the queue is polled instead")
+    except SensorError as error:
+        return Finding("comfyui", "note", f"not so: {words} ({error.why})", error.remedy)
+    return Finding("comfyui", "fine", words)
+
+
+def _state(settings: Settings) -> Finding:
+    directory = settings.service.vram_state_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        words = f"{directory} cannot be written ({error.strerror}): history is kept in memory only"
+        return Finding("state", "note", words, "mount a volume there that this user may write, or set VRAM_STATE_DIR")
+    return Finding("state", "fine", f"{directory} can be written")
+
+
+def _daemon(settings: Settings) -> Finding:
+    try:
+        reply = call("GET", "/health", timeout_seconds=5.0)
+    except Unreachable as error:
+        return Finding("daemon", "note", str(error), "start it with: vram-manager run")
+    words = f"version {reply.body['version']} answers on {settings.service.vram_socket}: {reply.body['status']}"
+    if reply.status != 200:
+        return Finding("daemon", "wrong", words, "its cycle has stalled: restart it, and report what its log says")
+    return Finding("daemon", "fine", words)
