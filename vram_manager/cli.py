@@ -5,6 +5,7 @@ Exit status: 0 done, 1 something is wrong, 2 wrong usage or setting, 3 refused, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -226,10 +227,8 @@ def simulate(**options: Any) -> None:
 
     from vram_manager.simulator.serve import serve_world
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve_world(**options))
-    except KeyboardInterrupt:
-        pass
 
 
 @cli.command()

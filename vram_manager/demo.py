@@ -126,7 +126,7 @@ async def _play(pause: float) -> int:
             httpx.AsyncClient(timeout=SCENE_SECONDS, trust_env=False) as http,
         ):
             stage.say(
-                f"One GPU of {GPU_GIB:.0f} GiB (simulated), an Ollama and a ComfyUI on it, and vram-manager beside them."
+                f"One GPU of {GPU_GIB:.0f} GiB (simulated), an Ollama and a ComfyUI on it, and vram-manager beside."
             )
             async with _daemon_on(world, ollama_url, comfyui_url, Path(directory)) as daemon:
                 fell = _first(daemon, EventType.CPU_FALLBACK)

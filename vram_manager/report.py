@@ -22,7 +22,7 @@ def bar(share: float, width: int = 30) -> str:
 def in_words(snapshot: dict[str, Any], events: list[dict[str, Any]]) -> str:
     """The whole report."""
     lines = [f"GPU memory at {_clock(snapshot['taken_at'])}", "=" * WIDTH]
-    lines += _gpus(snapshot) + ["", *_ollama(snapshot["ollama"]), "", *_comfyui(snapshot["comfyui"])]
+    lines += [*_gpus(snapshot), "", *_ollama(snapshot["ollama"]), "", *_comfyui(snapshot["comfyui"])]
     if snapshot["demands"]:
         lines += ["", "Who needs memory"]
         lines += [
