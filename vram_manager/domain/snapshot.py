@@ -132,7 +132,7 @@ class ComfyUIState:
 class Queue:
     """ComfyUI's queue: `remaining` = running + pending prompts.
 
-    `since` is when it became idle or busy, `moved_at` when the number last changed, `runs` how many
+    `since` is when it became idle or busy, `moved_at` when a prompt last began or left, `runs` how many
     times it was seen to start working: a free that gave nothing is not repeated while `runs` stands still.
     """
 
@@ -152,7 +152,7 @@ class Queue:
             self,
             remaining=remaining,
             since=at if (remaining == 0) != (self.remaining == 0) else self.since,
-            moved_at=at if remaining != self.remaining else self.moved_at,
+            moved_at=at if started or remaining < self.remaining else self.moved_at,
             runs=self.runs + (1 if started else 0),
         )
 

@@ -82,7 +82,7 @@ def _next(snapshot: Snapshot, watch: Watch, gpus: Gpus | Missing, rules: Rules) 
         watch,
         demands=demands,
         answered=watch.answered & watch.fallbacks,
-        dry_run_told=watch.dry_run_told & demands.keys(),
+        dry_run_told=frozenset(watch.dry_run_told & demands.keys()),
         unreclaimable=watch.unreclaimable if demands else {},
     )
     if watch.episode is not None:

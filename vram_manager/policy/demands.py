@@ -188,12 +188,13 @@ def dead_worker(snapshot: Snapshot, gpus: Gpus | None, watch: Watch, rules: Rule
     now = snapshot.taken_at
     worked: Mapping[int, int | Missing] = {gpu.index: gpu.utilization_percent for gpu in gpus.gpus} if gpus else {}
     unknown = not worked or any(isinstance(percent, Missing) for percent in worked.values())
-    if unknown or any(isinstance(percent, int) and percent >= 5 for percent in worked.values()):
-        watch = replace(watch, gpu_worked_at=now)
+    working = any(isinstance(percent, int) and percent >= 5 for percent in worked.values())
+    worked_at = now if unknown or working or watch.gpu_worked_at is None else watch.gpu_worked_at
+    watch = replace(watch, gpu_worked_at=worked_at)
     queue: Queue | None = snapshot.queue.value if isinstance(snapshot.queue, Seen) else None
-    if queue is None or queue.idle or watch.gpu_worked_at is None:
+    if queue is None or queue.idle:
         return replace(watch, worker_dead=False), []
-    still_for = now - max(queue.moved_at, watch.gpu_worked_at)
+    still_for = now - max(queue.moved_at, worked_at)
     if still_for < rules.dead_worker_seconds:
         return replace(watch, worker_dead=False), []
     if watch.worker_dead:
