@@ -78,7 +78,7 @@ async def test_a_model_put_on_the_cpu_by_wish_frees_nothing_when_there_is_room(t
 
 
 async def test_a_trigger_that_meets_a_long_render_is_answered_after_it(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(World(13), tmp_path) as stack:
         await stack.rendered()
         await stack.render(steps=400, seed=2)
         await asyncio.sleep(3)
