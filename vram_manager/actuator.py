@@ -60,7 +60,8 @@ class Actuator:
             else:
                 return self._refused(f"there is no {action.target} here")
         except TimedOut as error:
-            return Asked(at=at, gpu_memory=memory, note=error.why)
+            # The wait for the proof begins now: a server that stood still until here has not acted yet.
+            return Asked(at=self._clock.monotonic(), gpu_memory=memory, note=error.why)
         except SensorError as error:
             return self._refused(error.why, tried=True)
         return Asked(at=at, gpu_memory=memory)

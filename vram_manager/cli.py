@@ -224,9 +224,11 @@ def health() -> None:
 def simulate(**options: Any) -> None:
     """An Ollama and a ComfyUI on one simulated GPU, on real ports, quirks included."""
     import asyncio
+    import signal
 
     from vram_manager.simulator.serve import serve_world
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve_world(**options))
 

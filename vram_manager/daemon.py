@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -36,6 +37,8 @@ from vram_manager.store import Store
 # Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
 EXIT_RESTART = 75
 REVOKED_LOOK_SECONDS = 15.0
+# What would break a line or steer a terminal, and what no stream can encode: names come from outside.
+_NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,22 @@ def build(
 def log_to(stream: Any, *, json_lines: bool, debug: bool) -> None:
     """One line per record on `stream`: for people, or one JSON object for machines."""
     logger.remove()
+    logger.configure(patcher=_on_one_line)
     level = "DEBUG" if debug else "INFO"
     if json_lines:
-        logger.add(lambda message: stream.write(_as_json_line(message)), level=level, format="{message}")
+
+        def write(message: Any) -> None:
+            stream.write(_as_json_line(message))
+            stream.flush()
+
+        logger.add(write, level=level, format="{message}")
     else:
         text = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
         logger.add(stream, level=level, format=text, colorize=False, backtrace=False, diagnose=False)
+
+
+def _on_one_line(record: Any) -> None:
+    record["message"] = _NOT_IN_A_LINE.sub(" ", record["message"])
 
 
 def _as_json_line(message: Any) -> str:

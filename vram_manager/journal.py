@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -73,25 +74,30 @@ class Journal:
         self._decisions: deque[DecisionEntry] = deque(maxlen=RING_DECISIONS)
         self._decided = 0
         self._unwritten: deque[Row] = deque(maxlen=MAX_UNWRITTEN)
+        self._unwritten_lost = 0
+        # A write under way does not end with the task that waits for it; the last one must not run beside it.
+        self._writing = threading.Lock()
         self._something_to_write = asyncio.Event()
         self._listeners: list[Callable[[Entry], None]] = []
-        self._entries.extend(entry for row in store.newest(RING_EVENTS) if (entry := _restored(row)))
-        self._seq = self._entries[-1].seq if self._entries else 0
+        rows = store.newest(RING_EVENTS)
+        self._entries.extend(entry for row in rows if (entry := _restored(row)))
+        self._seq = rows[-1].seq if rows else 0
 
-    def record(self, event: Event) -> Entry:
-        """Remembers `event`, tells it in the log and to whoever listens."""
+    def record(self, event: Event, decision_id: str | None = None) -> Entry:
+        """Remembers `event`, tells it in the log and to whoever listens. It comes from the newest decision, or that."""
         self._seq += 1
         entry = Entry(
             id=f"{_PREFIX.get(event.type, 'event')}-{self._seq:04d}",
             seq=self._seq,
             at=self._clock.utcnow(),
             event=event,
-            decision_id=self._decisions[-1].id if self._decisions else None,
+            decision_id=decision_id or (self._decisions[-1].id if self._decisions else None),
         )
         self._entries.append(entry)
         level, words = line(entry)
         logger.bind(event=as_json(entry)).log(level, words)
         body = json.dumps(as_json(entry), separators=(",", ":"))
+        self._unwritten_lost += len(self._unwritten) == MAX_UNWRITTEN
         self._unwritten.append(Row(seq=entry.seq, at=rfc3339(entry.at), type=event.type, body=body))
         self._something_to_write.set()
         for listener in self._listeners:
@@ -152,7 +158,8 @@ class Journal:
             if problem and not failing:
                 logger.warning("History cannot be written ({}): kept in memory until it can", problem)
             if failing and not problem:
-                logger.info("History is written again")
+                lost, self._unwritten_lost = self._unwritten_lost, 0
+                logger.info("History is written again" + (f", without {lost} of the oldest events" if lost else ""))
             failing = problem is not None
             if failing:
                 await asyncio.sleep(RETRY_SECONDS)
@@ -160,15 +167,16 @@ class Journal:
 
     def flush(self) -> str | None:
         """Writes what is not yet written; what went wrong, or None. Blocks."""
-        batch = list(self._unwritten)
-        try:
-            self._store.append(batch)
-        except sqlite3.Error as error:
-            return str(error)
-        for row in batch:
-            if self._unwritten and self._unwritten[0] is row:
-                self._unwritten.popleft()
-        return None
+        with self._writing:
+            batch = list(self._unwritten)
+            try:
+                self._store.append(batch)
+            except sqlite3.Error as error:
+                return str(error)
+            for row in batch:
+                if self._unwritten and self._unwritten[0] is row:
+                    self._unwritten.popleft()
+            return None
 
     def close(self) -> None:
         """Writes the rest and closes the store. Blocks."""
@@ -202,7 +210,7 @@ def _restored(row: Row) -> Entry | None:
                 "models": tuple(body.get("models") or ()),
             }
         )
-        return Entry(id=body["id"], seq=row.seq, at=datetime.fromisoformat(row.at), event=event)
+        return Entry(id=body["id"], seq=row.seq, at=datetime.fromisoformat(row.at).astimezone(UTC), event=event)
     except (ValueError, TypeError, KeyError):
         return None
 

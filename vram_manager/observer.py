@@ -15,7 +15,7 @@ from vram_manager.backends import ComfyUI, Ollama
 from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
-from vram_manager.domain.snapshot import ComfyUIState, Gpus, OllamaState, Queue, Snapshot
+from vram_manager.domain.snapshot import ComfyUIState, GpuMemory, Gpus, OllamaState, Queue, Snapshot
 from vram_manager.errors import SensorError, TimedOut
 from vram_manager.gpus import GpuSensor
 
@@ -27,10 +27,15 @@ GPU_SECONDS, GPU_FAST_SECONDS, GPU_LIMIT_SECONDS = 1.0, 0.25, 5.0
 OLLAMA_SECONDS, OLLAMA_LIMIT_SECONDS = 1.0, 20.0
 # The websocket tells at once; the poll beside it catches a socket that died without a word.
 QUEUE_SECONDS, QUEUE_FAST_SECONDS, QUEUE_LIMIT_SECONDS = 2.0, 1.0, 10.0
+QUEUE_FOLLOWED_SECONDS = 4.0
 STATS_FAST_SECONDS = 1.0
 # The process list costs 4.5 ms a GPU under the driver's global lock (MangoHud PR 2104), so it is asked rarely.
 PROCESSES_SECONDS, PROCESSES_FAST_SECONDS = 60.0, 10.0
+# While somebody waits or a free settles, what moved since makes it a wrong answer to who holds what.
+PROCESSES_MOVED_BYTES = 2**28
 RECONNECT_SECONDS = 5.0
+# A sensor that hangs at the start keeps the others waiting no longer than this; a first NVML call may take seconds.
+FIRST_LOOK_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class _Sense(Generic[T]):
     fast_seconds: float
     limit_seconds: float
     reading: Seen[T] | Missing
+    last: T | None = None
     tried: bool = False
 
     def now(self, at: float) -> Seen[T] | Missing:
@@ -73,8 +79,11 @@ class Observer:
         self._pace_seconds = interval_seconds
         self._faster = asyncio.Event()
         self.changed = asyncio.Event()
+        self._began_at: float | None = None
         self._processes_at: float | None = None
+        self._free_at_processes: dict[str, int] = {}
         self._last_queue: Queue | None = None
+        self._followed = False
         self._told: dict[str, str] = {}
         slow = interval_seconds
         self._gpus: _Sense[Gpus] | None = (
@@ -130,8 +139,9 @@ class Observer:
 
     @property
     def ready(self) -> bool:
-        """Every sensor has been tried once."""
-        return all(sense.tried for sense in self._senses())
+        """Every sensor has been tried once, or has had its time for that."""
+        late = self._began_at is not None and self._clock.monotonic() - self._began_at >= FIRST_LOOK_SECONDS
+        return late or all(sense.tried for sense in self._senses())
 
     def sensors(self) -> dict[str, Reading[object]]:
         """The state of each sensor by name; ComfyUI's two readings count as one, the missing one first."""
@@ -151,6 +161,7 @@ class Observer:
 
     async def run(self) -> None:
         """Reads everything until cancelled. An error that is no SensorError is a bug and ends the process."""
+        self._began_at = self._clock.monotonic()
         async with asyncio.TaskGroup() as tasks:
             for sense in self._senses():
                 tasks.create_task(self._read_forever(sense), name=f"read {sense.sensor}")
@@ -164,17 +175,24 @@ class Observer:
     async def _read_forever(self, sense: _Sense[T]) -> None:
         while True:
             await self._read(sense)
-            # A pace that quickens interrupts the pause, so that a proof is not awaited at the slow beat.
-            self._faster.clear()
-            try:
-                async with asyncio.timeout(min(sense.slow_seconds, max(sense.fast_seconds, self._pace_seconds))):
-                    await self._faster.wait()
-            except TimeoutError:
-                pass
+            read_at = self._clock.monotonic()
+            while (pause := read_at + self._beat_seconds(sense) - self._clock.monotonic()) > 0:
+                # A pace that quickens shortens the pause, so that a proof is not awaited at the slow beat.
+                self._faster.clear()
+                try:
+                    async with asyncio.timeout(pause):
+                        await self._faster.wait()
+                except TimeoutError:
+                    break
+
+    def _beat_seconds(self, sense: _Sense[T]) -> float:
+        if self._followed and sense.read == self._read_queue:
+            return QUEUE_FOLLOWED_SECONDS
+        return min(sense.slow_seconds, max(sense.fast_seconds, self._pace_seconds))
 
     async def _read(self, sense: _Sense[T]) -> None:
-        first, was_missing = not sense.tried, isinstance(sense.reading, Missing)
-        before = sense.reading.value if isinstance(sense.reading, Seen) else None
+        first, was_missing = not sense.tried, isinstance(sense.now(self._clock.monotonic()), Missing)
+        before = sense.last
         try:
             value = await sense.read()
         except TimedOut as error:
@@ -186,25 +204,40 @@ class Observer:
             sense.reading = Missing(error.why, error.remedy, last)
         else:
             at = self._clock.monotonic()
-            value = sense.fold(before, value, at)
-            sense.reading = Seen(value, at)
+            sense.last = sense.fold(before, value, at)
+            sense.reading = Seen(sense.last, at)
         sense.tried = True
         if first or was_missing != isinstance(sense.reading, Missing) or _matters(before, sense.reading):
             self.changed.set()
 
     async def _read_gpus(self) -> Gpus:
         assert self._gpu_sensor is not None
-        now = self._clock.monotonic()
-        every = PROCESSES_FAST_SECONDS if self._pace_seconds <= 1.0 else PROCESSES_SECONDS
-        due = self._processes_at is None or now - self._processes_at >= every
+        due = self._processes_due()
         gpus = await self._gpu_sensor.read(with_processes=due)
         if due:
-            self._processes_at = now
+            self._processes_at = self._clock.monotonic()
+            self._free_at_processes = _free_bytes(gpus)
         return gpus
+
+    def _processes_due(self) -> bool:
+        """The list is old, or wrong where it matters, or was lost with the reading it came with."""
+        known = self._gpus.reading if self._gpus is not None else None
+        if self._processes_at is None or not isinstance(known, Seen):
+            return True
+        fast = self._pace_seconds <= 1.0
+        then, now = self._free_at_processes, _free_bytes(known.value)
+        if fast and any(abs(free - then.get(uuid, 0)) >= PROCESSES_MOVED_BYTES for uuid, free in now.items()):
+            return True
+        age = self._clock.monotonic() - self._processes_at
+        return age >= (PROCESSES_FAST_SECONDS if fast else PROCESSES_SECONDS)
 
     async def _read_queue(self) -> Queue:
         assert self._comfyui is not None
-        return self._queue_after(await self._comfyui.queue_remaining())
+        before = self._last_queue
+        remaining = await self._comfyui.queue_remaining()
+        # What was pushed meanwhile is newer than the answer to a poll that may have been made before it.
+        pushed = self._last_queue if self._last_queue is not before else None
+        return pushed or self._queue_after(remaining)
 
     def _queue_after(self, remaining: int) -> Queue:
         at = self._clock.monotonic()
@@ -217,6 +250,7 @@ class Observer:
         while True:
             try:
                 async for remaining in comfyui.statuses():
+                    self._followed = True
                     before = self._last_queue
                     queue = self._queue_after(remaining)
                     assert self._queue is not None
@@ -225,12 +259,13 @@ class Observer:
                         self.changed.set()
             except SensorError:
                 pass
+            self._followed = False
             await asyncio.sleep(RECONNECT_SECONDS)
 
     def _announce(self) -> None:
-        tried = {sense.sensor for sense in self._senses() if sense.tried}
+        untried = {sense.sensor for sense in self._senses() if not sense.tried}
         for sensor, reading in self.sensors().items():
-            if sensor not in tried:
+            if sensor in untried:
                 continue
             match reading:
                 case Missing(why=why, remedy=remedy):
@@ -253,6 +288,10 @@ def _described(value: object) -> str:
             where = devices[0].name if devices else "no GPU"
             return f"version {version if isinstance(version, str) else 'unknown'} on {where}"
     return "now"
+
+
+def _free_bytes(gpus: Gpus) -> dict[str, int]:
+    return {gpu.uuid: gpu.memory.free_bytes for gpu in gpus.gpus if isinstance(gpu.memory, GpuMemory)}
 
 
 def _newest(before: T | None, value: T, at: float) -> T:

@@ -18,6 +18,8 @@ MAX_EVENTS = 100_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL);
 """
+# Named, as a newer version may have added some.
+_COLUMNS = "seq, at, type, body"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,15 @@ class Store:
         """Stores `rows` at once or not at all. Raises sqlite3.Error, for example when the disk is full."""
         with self._connection:
             self._connection.executemany(
-                "INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?)",
                 [(row.seq, row.at, row.type, row.body) for row in rows],
             )
             self._connection.execute("DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?", (MAX_EVENTS,))
 
     def newest(self, limit: int) -> list[Row]:
         """The newest `limit` events, oldest first."""
-        found = self._connection.execute("SELECT * FROM events ORDER BY seq DESC LIMIT ?", (limit,)).fetchall()
+        newest = f"SELECT {_COLUMNS} FROM events ORDER BY seq DESC LIMIT ?"
+        found = self._connection.execute(newest, (limit,)).fetchall()
         return [Row(*row) for row in reversed(found)]
 
     def close(self) -> None:
@@ -78,6 +81,8 @@ class Store:
 def _connect(name: str) -> sqlite3.Connection:
     # Every call comes through the journal's single writer, though not always on the same worker thread.
     connection = sqlite3.connect(name, timeout=2.0, check_same_thread=False)
+    # SQLite does not check what is inside a text: bytes that are none make one row unreadable, not the history.
+    connection.text_factory = lambda raw: raw.decode(errors="replace")
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -85,6 +90,7 @@ def _connect(name: str) -> sqlite3.Connection:
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != ("ok",):
             raise sqlite3.DatabaseError(str(verdict[0]))
+        connection.execute(f"SELECT {_COLUMNS} FROM events LIMIT 0")
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
     except sqlite3.Error:

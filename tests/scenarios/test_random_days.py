@@ -60,9 +60,7 @@ def _spend(day: list[Act], mode: str, **changed: float) -> Stack:
 @pytest.mark.parametrize("mode", ["legacy", "dynamic", "highvram"])
 @given(day=acts)
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_free_is_posted_while_a_prompt_runs_or_waits_and_none_within_the_cooldown(
-    mode: str, day: list[Act]
-) -> None:
+def test_no_free_is_posted_while_a_prompt_runs_or_waits_and_none_within_the_cooldown(mode: str, day: list[Act]) -> None:
     stack = _spend(day, mode, vram_grace_seconds=5.0, comfyui_idle_seconds=4.0, vram_free_cooldown=20.0)
 
     assert stack.world.comfyui.counters.frees_posted_while_busy == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC
+from datetime import timedelta
 from typing import Any
 
 from vram_manager import __version__
@@ -98,7 +98,7 @@ def snapshot(clock: Clock, cycle: Cycle) -> dict[str, Any]:
     age = clock.monotonic() - seen.taken_at
     gpus = gpus_seen(seen)
     return {
-        "taken_at": rfc3339(clock.utcnow().astimezone(UTC)),
+        "taken_at": rfc3339(clock.utcnow() - timedelta(seconds=age)),
         "age_seconds": round(age, 3),
         "gpus": [_gpu(gpu) for gpu in _gpus(seen)],
         "gpus_why": gpus.why if isinstance(gpus, Missing) else None,

@@ -32,7 +32,6 @@ class Pending:
     free_bytes_before: int | None = None
     used_percent_before: float | None = None
     holder_bytes_before: int | None = None
-    ollama_bytes_before: int | None = None
     runs_before: int | None = None
     rose_bytes: int = 0
     rose_at: float | None = None

@@ -68,6 +68,12 @@ def gpus_seen(snapshot: Snapshot) -> Gpus | Missing:
     return first_hand
 
 
+def gpus_read_at(snapshot: Snapshot, gpus: Gpus | Missing) -> float | None:
+    """When the reading behind `gpus` was taken."""
+    reading = snapshot.comfyui if isinstance(gpus, Gpus) and gpus.second_hand else snapshot.gpus
+    return reading.at if isinstance(reading, Seen) else None
+
+
 def _second_hand(place: int, device: TorchDevice) -> Gpu:
     unknown = Missing("told by ComfyUI, not by NVML")
     free_bytes = min(device.device_free_bytes, device.vram_total_bytes)
@@ -103,7 +109,9 @@ def comfyui_gpu(comfyui: ComfyUIState, gpus: Gpus, rules: Rules) -> Gpu | Missin
         return gpus.gpus[0]
     by_process = [gpu for gpu in gpus.gpus if comfyui_process(comfyui, gpu) is not None]
     device = comfyui.devices[0]
-    by_name = [gpu for gpu in gpus.gpus if gpu.name and gpu.name in device.name]
+    # "RTX 3090" is part of "RTX 3090 Ti": the longest name is the device's.
+    name = max((gpu.name for gpu in gpus.gpus if gpu.name in device.name), key=len, default="")
+    by_name = [gpu for gpu in gpus.gpus if name and gpu.name == name]
     by_free = [gpu for gpu in by_name if _about_equal_free(gpu, device)]
     for candidates in (by_process, by_name, by_free):
         if len(candidates) == 1:
@@ -117,13 +125,16 @@ def _about_equal_free(gpu: Gpu, device: TorchDevice) -> bool:
 
 
 def comfyui_process(comfyui: ComfyUIState, gpu: Gpu) -> ProcessMemory | None:
-    """The process on `gpu` whose command line ends with the arguments ComfyUI says it was started with."""
+    """The one process on `gpu` whose command line ends with the arguments ComfyUI says it was started with."""
     if isinstance(gpu.processes, Missing) or not comfyui.argv:
         return None
-    for process in gpu.processes:
-        if not isinstance(process.command, Missing) and process.command[-len(comfyui.argv) :] == comfyui.argv:
-            return process
-    return None
+    found = [
+        process
+        for process in gpu.processes
+        if not isinstance(process.command, Missing) and process.command[-len(comfyui.argv) :] == comfyui.argv
+    ]
+    # `python main.py` is a common command line: two of them tell nothing.
+    return found[0] if len(found) == 1 else None
 
 
 def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int | Missing:
@@ -172,7 +183,11 @@ def comfyui_hold(
         unaccounted = max(0, used_bytes - held_by_ollama - torch_bytes)
     process = comfyui_process(comfyui, gpu)
     if process is not None and isinstance(process.used_bytes, int):
-        own = max(torch_bytes, process.used_bytes - rules.context_bytes)
+        own = process.used_bytes - rules.context_bytes
+        if unaccounted is not None:
+            # The list of processes is up to a minute old: what has left the GPU since is no longer held.
+            own = min(own, torch_bytes + unaccounted)
+        own = max(torch_bytes, own)
         return Hold(bytes=own, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted)
     if not weights_may_hide(comfyui) or unaccounted is None:
         return Hold(

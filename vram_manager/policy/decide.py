@@ -24,8 +24,8 @@ from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Episode, Lesson, Pending, Watch
 from vram_manager.policy import guards
-from vram_manager.policy.accounting import gpus_seen
-from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, gib, notice
+from vram_manager.policy.accounting import gpus_read_at, gpus_seen
+from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, gib, met, notice
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.inputs import inputs_of
 from vram_manager.policy.plan import Proposal, Target, comfyui_target, harder, plan, why_not_now
@@ -61,7 +61,7 @@ def decide(snapshot: Snapshot, watch: Watch, rules: Rules) -> Decision:
 def _notice(snapshot: Snapshot, watch: Watch, gpus: Gpus | Missing, rules: Rules) -> tuple[Watch, list[Event]]:
     """What is worth telling whether or not anything follows from it."""
     seen = gpus if isinstance(gpus, Gpus) else None
-    watch = fill_rates(seen, watch, snapshot.taken_at)
+    watch = fill_rates(gpus, gpus_read_at(snapshot, gpus), watch)
     watch, models = notice(snapshot, watch)
     watch, dead = dead_worker(snapshot, seen, watch, rules)
     watch, disagree = disagreeing(snapshot, watch)
@@ -77,11 +77,16 @@ def _next(snapshot: Snapshot, watch: Watch, gpus: Gpus | Missing, rules: Rules) 
         return Decision(branch="2 blind", reason=f"no GPU reading, holding: {gpus.why}", watch=watch)
     watch = replace(watch, lesson=_lowered(watch.lesson, snapshot, gpus, rules))
     # 3. Collect demands.
-    demands = collect(snapshot, gpus, watch, rules)
+    alive = collect(snapshot, gpus, watch, rules)
+    room = frozenset(key for key, demand in alive.items() if met(demand, gpus, rules))
+    # Room beside an idle ComfyUI is there to stay: a placement that does not use it was meant (num_gpu: 0).
+    stays = isinstance(snapshot.queue, Seen) and snapshot.queue.value.idle
+    answered = (watch.answered | (room if stays else frozenset())) & watch.fallbacks
+    demands = {key: demand for key, demand in alive.items() if key not in room | answered}
     watch = replace(
         watch,
         demands=demands,
-        answered=watch.answered & watch.fallbacks,
+        answered=answered,
         dry_run_told=frozenset(watch.dry_run_told & demands.keys()),
         unreclaimable=watch.unreclaimable if demands else {},
     )
@@ -262,9 +267,11 @@ def _lowered(lesson: Lesson | None, snapshot: Snapshot, gpus: Gpus, rules: Rules
     if lesson is None or not isinstance(target, Target):
         return lesson
     now = target.held(snapshot, lesson, Stage.SOFT, rules).unaccounted_bytes
-    if now is None or all(floor <= now for floor in lesson.floors.values()):
+    if now is None:
         return lesson
-    return replace(lesson, floors={stage: min(floor, now) for stage, floor in lesson.floors.items()})
+    # Readings of different age can account for more than is used: below the allowance that is noise.
+    most = max(now, rules.unseen_allowance_bytes)
+    return replace(lesson, floors={stage: min(floor, most) for stage, floor in lesson.floors.items()})
 
 
 def decide_manual(snapshot: Snapshot, watch: Watch, wish: ManualFree, rules: Rules) -> Decision:

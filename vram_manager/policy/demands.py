@@ -90,7 +90,7 @@ def on_cpu(model: LoadedModel) -> bool:
 
 
 def collect(snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> dict[str, Demand]:
-    """Every demand that is alive and not yet met, by key.
+    """Every demand that is alive, by key, met or not.
 
     A demand whose model left stays for `fallback_ttl_seconds`: a cooldown delays a trigger, it never eats it.
     """
@@ -102,6 +102,8 @@ def collect(snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> dict[
     }
     if isinstance(snapshot.ollama, Seen):
         ollama = snapshot.ollama.value
+        back = {_load(fallback_key(model)) for model in ollama.models}
+        alive = {key: demand for key, demand in alive.items() if _load(key) not in back}
         for model in ollama.models:
             if on_cpu(model) and not _gpu_may_be_lost(model, gpus):
                 key = fallback_key(model)
@@ -119,7 +121,12 @@ def collect(snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> dict[
                 since=state.high_since,
                 last_seen_at=now,
             )
-    return {key: demand for key, demand in alive.items() if key not in watch.answered and not met(demand, gpus, rules)}
+    return alive
+
+
+def _load(key: str) -> str:
+    """The model a fallback's key is about, wherever it was placed."""
+    return key.rpartition(":")[0]
 
 
 def _gpu_may_be_lost(model: LoadedModel, gpus: Gpus) -> bool:
@@ -161,7 +168,7 @@ def disagreement(snapshot: Snapshot) -> str | None:
     match snapshot.gpus:
         case Seen(value=gpus):
             memories = [gpu.memory for gpu in gpus.gpus if isinstance(gpu.memory, GpuMemory)]
-            used = sum(memory.usable_bytes - memory.free_bytes for memory in memories)
+            used = sum(max(0, memory.usable_bytes - memory.free_bytes) for memory in memories)
             if memories and len(memories) == len(gpus.gpus) and claimed > used + 512 * MIB:
                 return f"Ollama claims {gib(claimed)} on the GPU, NVML counts {gib(used)} used in all"
         case Missing() if claimed:
@@ -192,7 +199,9 @@ def dead_worker(snapshot: Snapshot, gpus: Gpus | None, watch: Watch, rules: Rule
     worked_at = now if unknown or working or watch.gpu_worked_at is None else watch.gpu_worked_at
     watch = replace(watch, gpu_worked_at=worked_at)
     queue: Queue | None = snapshot.queue.value if isinstance(snapshot.queue, Seen) else None
-    if queue is None or queue.idle:
+    if queue is None:
+        return watch, []
+    if queue.idle:
         return replace(watch, worker_dead=False), []
     still_for = now - max(queue.moved_at, worked_at)
     if still_for < rules.dead_worker_seconds:
@@ -206,9 +215,9 @@ def dead_worker(snapshot: Snapshot, gpus: Gpus | None, watch: Watch, rules: Rule
     return replace(watch, worker_dead=True), [Event(type=EventType.WORKER_DEAD, target="comfyui", reason=reason)]
 
 
-def fill_rates(gpus: Gpus | None, watch: Watch, now: float) -> Watch:
-    """The fastest fill rate measured so far: it bounds how soon the headroom can be gone."""
-    if gpus is None:
+def fill_rates(gpus: Gpus | Missing, read_at: float | None, watch: Watch) -> Watch:
+    """The fastest fill rate measured so far, between two readings: it bounds how soon the headroom can be gone."""
+    if isinstance(gpus, Missing) or read_at is None:
         return watch
     used_at = dict(watch.used_at)
     fastest = watch.fill_rate_bytes_per_second
@@ -217,7 +226,7 @@ def fill_rates(gpus: Gpus | None, watch: Watch, now: float) -> Watch:
             continue
         used = gpu.memory.usable_bytes - gpu.memory.free_bytes
         before = used_at.get(gpu.uuid)
-        if before is not None and now > before[0]:
-            fastest = max(fastest, (used - before[1]) / (now - before[0]))
-        used_at[gpu.uuid] = (now, used)
+        if before is not None and read_at > before[0]:
+            fastest = max(fastest, (used - before[1]) / (read_at - before[0]))
+        used_at[gpu.uuid] = (read_at, used)
     return replace(watch, used_at=used_at, fill_rate_bytes_per_second=fastest)

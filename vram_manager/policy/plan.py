@@ -11,7 +11,7 @@ from vram_manager.domain.snapshot import ComfyUIState, Gpu, GpuMemory, Gpus, Que
 from vram_manager.domain.watch import Lesson, Watch
 from vram_manager.policy import guards
 from vram_manager.policy.accounting import Hold as Held
-from vram_manager.policy.accounting import can_use, comfyui_gpu, comfyui_hold, nothing_new
+from vram_manager.policy.accounting import can_use, comfyui_gpu, comfyui_hold, named, nothing_new
 from vram_manager.policy.demands import gib
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.rules import Rules
@@ -71,7 +71,11 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
     if demand.gpu is not None and demand.gpu != target.gpu.uuid:
         return Hold(branch="4 other GPU", why=f"ComfyUI is on GPU {target.gpu.index}, which would not help")
     if demand.kind is Kind.FALLBACK and not can_use(target.gpu, gpus, rules):
-        return Hold(branch="4 other GPU", why=f"ComfyUI is on GPU {target.gpu.index}, Ollama is not")
+        known = rules.ollama_gpu is None or named(gpus, rules.ollama_gpu) is not None
+        why = f"ComfyUI is on GPU {target.gpu.index}, Ollama is not"
+        return Hold(
+            branch="4 other GPU", why=why if known else f"OLLAMA_GPU={rules.ollama_gpu} is none of the GPUs seen here"
+        )
     stage = first_stage(target.comfyui)
     held = target.held(snapshot, watch.lesson, stage, rules)
     if nothing_new(held, watch.lesson, target.queue, stage, rules):

@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 from vram_manager.domain.action import FreeComfyUI, UnloadModel
 from vram_manager.domain.reading import Missing, Seen
-from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
+from vram_manager.domain.snapshot import GpuMemory, Snapshot
 from vram_manager.domain.watch import Asked, Pending, Refused, Watch
-from vram_manager.policy.accounting import gpus_seen
+from vram_manager.policy.accounting import gpus_read_at, gpus_seen
 from vram_manager.policy.rules import Rules
 
 # Of what was expected, this much is proof; Ollama waits for the same share (server/sched.go:waitForVRAMRecovery).
@@ -55,99 +55,111 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
     if asked_at is None or posted_at is None:
         return Waiting(pending=pending)
     now = snapshot.taken_at
-    memory = _memory_since(pending, snapshot)
-    rose = _rose_bytes(pending, snapshot, memory)
-    if rose > pending.rose_bytes + 2**25:  # 32 MiB: the page size DynamicVRAM gives back in
-        pending = replace(pending, rose_bytes=rose, rose_at=now)
-    used_after = memory.used_percent if memory else None
+    memory = _memory_since(asked_at, pending.gpu, snapshot)
+    rose = _rise(pending, asked_at, snapshot, memory)
+    if rose.value > pending.rose_bytes + 2**25:  # 32 MiB: the page size DynamicVRAM gives back in
+        pending = replace(pending, rose_bytes=rose.value, rose_at=rose.at)
+    used_after = memory.value.used_percent if memory else None
     quiet_for = now - pending.rose_at if pending.rose_at is not None else 0.0
     enough = pending.expected_bytes is not None and pending.rose_bytes >= PROOF_SHARE * pending.expected_bytes
     some = pending.rose_bytes >= min(rules.min_reclaim_bytes, pending.expected_bytes or rules.min_reclaim_bytes)
     waited = now - asked_at
     over = waited >= rules.settle_timeout_seconds
-    listed = _still_listed(pending, snapshot)
-    if some and not listed:
-        patience = QUIET_SECONDS if enough else QUIET_SHORT_SECONDS
-        if quiet_for >= patience or over:
-            took = (pending.rose_at or now) - asked_at
-            return Settled(
-                pending=pending,
-                proven=True,
-                freed_bytes=pending.rose_bytes,
-                took_seconds=took,
-                used_percent_after=used_after,
-                why="",
-            )
+    listed = _still_listed(pending, asked_at, snapshot)
+    quiet = quiet_for >= (QUIET_SECONDS if enough else QUIET_SHORT_SECONDS) and not _holder_unread(pending, snapshot)
+    nothing_to_come = isinstance(pending.action, UnloadModel) and pending.expected_bytes == 0
+    if listed is False and (nothing_to_come or (some and (quiet or over))):
+        return Settled(
+            pending=pending,
+            proven=True,
+            freed_bytes=pending.rose_bytes,
+            took_seconds=(now if pending.rose_at is None else pending.rose_at) - asked_at,
+            used_percent_after=used_after,
+            why="",
+        )
     if over:
         return Settled(
             pending=pending,
             proven=False,
-            freed_bytes=max(0, pending.rose_bytes),
+            freed_bytes=pending.rose_bytes,
             took_seconds=waited,
             used_percent_after=used_after,
             why=_why_not(pending, snapshot, memory, listed),
         )
-    idle = isinstance(snapshot.queue, Seen) and snapshot.queue.value.idle
     lost = not some and pending.posts == 1 and now - posted_at >= rules.repost_after_seconds
-    if lost and idle and isinstance(pending.action, FreeComfyUI):
+    if lost and memory is not None and _idle_since_the_post(pending, snapshot, posted_at):
         return Repost(pending=pending)
     return Waiting(pending=pending)
 
 
-def _memory_since(pending: Pending, snapshot: Snapshot) -> GpuMemory | None:
+def _idle_since_the_post(pending: Pending, snapshot: Snapshot, posted_at: float) -> bool:
+    """ComfyUI is seen, idle, and has run nothing since: a prompt that ended meanwhile took the flag with it."""
+    match snapshot.queue:
+        case Seen(value=queue, at=at) if isinstance(pending.action, FreeComfyUI):
+            seen = isinstance(snapshot.comfyui, Seen) and at > posted_at
+            return seen and queue.idle and queue.runs == pending.runs_before
+    return False
+
+
+def _holder_unread(pending: Pending, snapshot: Snapshot) -> bool:
+    """ComfyUI's numbers are older than the rise: what they say it still holds would call for the unload stage."""
+    stats = snapshot.comfyui
+    return (
+        isinstance(pending.action, FreeComfyUI)
+        and isinstance(stats, Seen)
+        and pending.rose_at is not None
+        and stats.at < pending.rose_at
+    )
+
+
+def _memory_since(asked_at: float, uuid: str | None, snapshot: Snapshot) -> Seen[GpuMemory] | None:
     """The GPU's memory, if it was read after the request went out."""
-    at = snapshot.gpus.at if isinstance(snapshot.gpus, Seen) else None
     gpus = gpus_seen(snapshot)
-    if isinstance(gpus, Gpus) and gpus.second_hand and isinstance(snapshot.comfyui, Seen):
-        at = snapshot.comfyui.at
-    if isinstance(gpus, Missing) or at is None or pending.asked_at is None or at <= pending.asked_at:
+    at = gpus_read_at(snapshot, gpus)
+    if isinstance(gpus, Missing) or at is None or at <= asked_at:
         return None
-    found = next((gpu for gpu in gpus.gpus if gpu.uuid == pending.gpu), None)
-    return found.memory if found and isinstance(found.memory, GpuMemory) else None
+    found = next((gpu.memory for gpu in gpus.gpus if gpu.uuid == uuid), None)
+    return Seen(found, at) if isinstance(found, GpuMemory) else None
 
 
-def _rose_bytes(pending: Pending, snapshot: Snapshot, memory: GpuMemory | None) -> int:
-    """What came back: NVML's rise, corrected by what Ollama took meanwhile, or what the holder let go."""
-    rose = 0
+def _rise(pending: Pending, asked_at: float, snapshot: Snapshot, memory: Seen[GpuMemory] | None) -> Seen[int]:
+    """What came back: NVML's rise, or what the holder let go where somebody took that room meanwhile.
+
+    What Ollama lists in addition is no proof: it lists a model once it is loaded, long after the memory was taken.
+    """
+    rise = Seen(0, asked_at)
     if memory is not None and pending.free_bytes_before is not None:
-        rose = memory.free_bytes - pending.free_bytes_before
-        if isinstance(pending.action, FreeComfyUI) and pending.ollama_bytes_before is not None:
-            # A model that loads into the room just made must not hide that the room was made.
-            rose += max(0, ollama_held(snapshot) - pending.ollama_bytes_before)
-    if pending.holder_bytes_before is not None and isinstance(pending.action, FreeComfyUI):
-        stats = snapshot.comfyui
-        if isinstance(stats, Seen) and pending.asked_at is not None and stats.at > pending.asked_at:
-            rose = max(rose, pending.holder_bytes_before - torch_held(snapshot))
-    return rose
+        rise = Seen(memory.value.free_bytes - pending.free_bytes_before, memory.at)
+    torch = _torch_held(snapshot)
+    if isinstance(pending.action, FreeComfyUI) and pending.holder_bytes_before is not None and torch is not None:
+        released = pending.holder_bytes_before - torch.value
+        if torch.at > asked_at and released > rise.value:
+            rise = Seen(released, torch.at)
+    return rise
 
 
-def torch_held(snapshot: Snapshot) -> int:
+def _torch_held(snapshot: Snapshot) -> Seen[int] | None:
     """What ComfyUI's torch holds on its first device."""
     match snapshot.comfyui:
-        case Seen(value=comfyui) if comfyui.devices:
-            return comfyui.devices[0].torch_total_bytes
-    return 0
+        case Seen(value=comfyui, at=at) if comfyui.devices:
+            return Seen(comfyui.devices[0].torch_total_bytes, at)
+    return None
 
 
-def ollama_held(snapshot: Snapshot) -> int:
-    """What Ollama claims on all GPUs together."""
-    match snapshot.ollama:
-        case Seen(value=ollama):
-            return sum(model.size_vram_bytes for model in ollama.models)
-    return 0
-
-
-def _still_listed(pending: Pending, snapshot: Snapshot) -> bool:
-    """An unloaded model that Ollama still lists has not left, whatever free memory does."""
+def _still_listed(pending: Pending, asked_at: float, snapshot: Snapshot) -> bool | None:
+    """An unloaded model that Ollama still lists has not left, whatever free memory does. None: not read since."""
     if not isinstance(pending.action, UnloadModel):
         return False
-    if not isinstance(snapshot.ollama, Seen) or pending.asked_at is None or snapshot.ollama.at <= pending.asked_at:
-        return True
-    return any(model.name == pending.action.model for model in snapshot.ollama.value.models)
+    match snapshot.ollama:
+        case Seen(value=ollama, at=at) if at > asked_at:
+            return any(model.name == pending.action.model for model in ollama.models)
+    return None
 
 
-def _why_not(pending: Pending, snapshot: Snapshot, memory: GpuMemory | None, listed: bool) -> str:
+def _why_not(pending: Pending, snapshot: Snapshot, memory: Seen[GpuMemory] | None, listed: bool | None) -> str:
     if isinstance(pending.action, UnloadModel):
+        if listed is None:
+            return "Ollama could not be read meanwhile"
         if listed:
             return f"{pending.action.model} is still listed: it leaves after its last request"
         return "the model is gone from the list, its memory did not come back"
@@ -166,7 +178,7 @@ def asked(watch: Watch, report: Asked, snapshot: Snapshot, action_id: str) -> Wa
         return watch
     memory = report.gpu_memory
     queue = snapshot.queue.value if isinstance(snapshot.queue, Seen) else None
-    has_devices = isinstance(snapshot.comfyui, Seen) and bool(snapshot.comfyui.value.devices)
+    torch = _torch_held(snapshot)
     pending = replace(
         pending,
         asked_at=report.at,
@@ -175,8 +187,7 @@ def asked(watch: Watch, report: Asked, snapshot: Snapshot, action_id: str) -> Wa
         action_id=action_id,
         free_bytes_before=memory.free_bytes if memory else None,
         used_percent_before=memory.used_percent if memory else None,
-        holder_bytes_before=torch_held(snapshot) if has_devices else None,
-        ollama_bytes_before=ollama_held(snapshot) if isinstance(snapshot.ollama, Seen) else None,
+        holder_bytes_before=torch.value if torch else None,
         runs_before=queue.runs if queue else None,
     )
     return replace(

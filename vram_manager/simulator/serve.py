@@ -136,8 +136,10 @@ async def serve_world(
         world = await stack.enter_async_context(World(gpu_gib, mode=mode))
         if nvml_state is not None:
             stack.enter_context(mirrored(world.ledger, nvml_state))
-        await stack.enter_async_context(serving(world.ollama.app, host, ollama_port))
-        await stack.enter_async_context(serving(world.comfyui.app, host, comfyui_port))
+        ollama_url = await stack.enter_async_context(serving(world.ollama.app, host, ollama_port))
+        comfyui_url = await stack.enter_async_context(serving(world.comfyui.app, host, comfyui_port))
         if control_port is not None:
             await stack.enter_async_context(serving(control_app(world.ledger), host, control_port))
+        card = f"{gpu_gib:g} GiB, ComfyUI in {mode} mode"
+        print(f"Simulated Ollama at {ollama_url} and ComfyUI at {comfyui_url} on one GPU of {card}", flush=True)
         await asyncio.Event().wait()

@@ -1,0 +1,373 @@
+"""A rim without servers: recording fakes of the three protocols, and the spine wired over them.
+
+Memory is one pretended card whose holders the tenants share. Every call takes `takes_seconds` (so that no test
+can loop without time going by), then raises `error` if one is set, then answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from vram_manager.actuator import Actuator
+from vram_manager.clock import Clock
+from vram_manager.config import SOFT_FREE_BODY
+from vram_manager.cycle import Cycle
+from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.reading import Missing
+from vram_manager.domain.snapshot import (
+    ComfyUIState,
+    Gpu,
+    GpuMemory,
+    Gpus,
+    LoadedModel,
+    OllamaState,
+    ProcessMemory,
+    TorchDevice,
+)
+from vram_manager.errors import SensorError
+from vram_manager.journal import Entry, Journal
+from vram_manager.observer import Observer
+from vram_manager.policy import Rules
+from vram_manager.store import Row
+
+MIB = 2**20
+GIB = 2**30
+# The version before weights could hide from torch's numbers: what ComfyUI holds is what it says.
+LEGACY = "0.3.40"
+
+
+class Card:
+    """One GPU; whoever holds memory on it does so under a name."""
+
+    def __init__(self, uuid: str = "GPU-a", total_gib: float = 24, **holders: int) -> None:
+        self.uuid = uuid
+        self.total_bytes = int(total_gib * GIB)
+        self.holders = dict(holders)
+        self.broken: Missing | None = None
+        self.utilization_percent: int | Missing = 3
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.total_bytes - sum(self.holders.values()))
+
+    def memory(self) -> GpuMemory:
+        free = self.free_bytes
+        return GpuMemory(
+            total_bytes=self.total_bytes, used_bytes=self.total_bytes - free, free_bytes=free, reserved_bytes=0
+        )
+
+
+class Faked:
+    """What all fakes share: how long a call takes and how it fails."""
+
+    def __init__(self) -> None:
+        self.takes_seconds = 0.01
+        self.error: Exception | None = None
+        self.closed = False
+
+    async def answer(self) -> None:
+        """Takes its time, then fails as it is told to."""
+        error = self.error
+        await asyncio.sleep(self.takes_seconds)
+        if error is not None:
+            raise error
+
+
+class FakeGpus(Faked):
+    """A GpuSensor over some cards."""
+
+    def __init__(self, *cards: Card) -> None:
+        super().__init__()
+        self.cards = list(cards)
+        self.reads: list[tuple[float, bool]] = []
+        self.processes: dict[str, tuple[ProcessMemory, ...]] = {}
+
+    async def read(self, *, with_processes: bool = False) -> Gpus:
+        self.reads.append((now(), with_processes))
+        await self.answer()
+        gpus = tuple(self._gpu(index, card, with_processes) for index, card in enumerate(self.cards))
+        return Gpus(gpus=gpus, driver_version="580.95.05")
+
+    def _gpu(self, index: int, card: Card, with_processes: bool) -> Gpu:
+        gpu = Gpu(
+            uuid=card.uuid,
+            index=index,
+            name=f"Fake card {index}",
+            memory=card.broken or card.memory(),
+            utilization_percent=card.utilization_percent,
+        )
+        if not with_processes:
+            return gpu
+        return Gpu(
+            uuid=gpu.uuid,
+            index=index,
+            name=gpu.name,
+            memory=gpu.memory,
+            utilization_percent=gpu.utilization_percent,
+            temperature_celsius=41,
+            power_watts=17.5,
+            processes=self.processes.get(card.uuid, ()),
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeOllama(Faked):
+    """An Ollama whose models are set by the test."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+        self.version: str | Missing = "0.33.1"
+        self.listed: dict[str, LoadedModel] = {}
+        self.looks: list[float] = []
+        self.unloads: list[str] = []
+        self.unload_error: Exception | None = None
+
+    def load(self, name: str, gib: float, *, on_gpu: float = 1.0) -> None:
+        """`name` is loaded, the given share of it on the card."""
+        size = int(gib * GIB)
+        vram = int(size * on_gpu)
+        self.listed[name] = LoadedModel(
+            name=name,
+            digest=f"sha256:{name}",
+            size_bytes=size,
+            size_vram_bytes=vram,
+            context_length=4096,
+            expires_at=datetime(2026, 1, 1, tzinfo=UTC),
+        )
+        self.card.holders[f"ollama:{name}"] = vram
+
+    def drop(self, name: str) -> None:
+        """`name` is gone, and its memory with it."""
+        del self.listed[name]
+        del self.card.holders[f"ollama:{name}"]
+
+    async def models(self) -> OllamaState:
+        self.looks.append(now())
+        await self.answer()
+        return OllamaState(version=self.version, models=tuple(self.listed.values()))
+
+    async def unload(self, model: str) -> None:
+        self.unloads.append(model)
+        await self.answer()
+        if self.unload_error is not None:
+            raise self.unload_error
+        if model in self.listed:
+            self.drop(model)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeComfyUI(Faked):
+    """A ComfyUI that acts on a free `acts_after_seconds` after it came, if it acts at all."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+        self.version: str | Missing = LEGACY
+        self.argv: tuple[str, ...] = ("main.py", "--listen")
+        self.remaining = 0
+        self.looks: list[float] = []
+        self.polls: list[float] = []
+        self.posts: list[tuple[float, dict[str, bool]]] = []
+        self.posting = 0
+        self.most_posting_at_once = 0
+        self.post_takes_seconds = 0.01
+        self.post_error: Exception | None = None
+        self.queue_error: Exception | None = None
+        self.queue_takes_seconds = 0.0
+        self.stats_takes_seconds = 0.0
+        self.socket_error: SensorError | None = SensorError("GET /ws: connection refused")
+        self.sockets: list[float] = []
+        self.sockets_closed = 0
+        self.acts_after_seconds: float | None = 1.0
+        self.lost_flags = 0
+        self.keeps_bytes = 0
+        self._pushed: asyncio.Queue[int | SensorError] = asyncio.Queue()
+
+    def hold(self, gib: float) -> None:
+        """Its models take `gib` on the card."""
+        self.card.holders["comfyui"] = int(gib * GIB)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.card.holders.get("comfyui", 0)
+
+    async def stats(self) -> ComfyUIState:
+        self.looks.append(now())
+        await asyncio.sleep(self.stats_takes_seconds)
+        await self.answer()
+        device = TorchDevice(
+            name="cuda:0 Fake card 0",
+            type="cuda",
+            index=0,
+            vram_total_bytes=self.card.total_bytes,
+            vram_free_bytes=self.card.free_bytes,
+            torch_total_bytes=self.held_bytes,
+            torch_free_bytes=0,
+        )
+        return ComfyUIState(version=self.version, argv=self.argv, devices=(device,))
+
+    async def queue_remaining(self) -> int:
+        self.polls.append(now())
+        remaining = self.remaining
+        await asyncio.sleep(self.queue_takes_seconds)
+        await self.answer()
+        if self.queue_error is not None:
+            raise self.queue_error
+        return remaining
+
+    async def statuses(self) -> AsyncGenerator[int, None]:
+        self.sockets.append(now())
+        await asyncio.sleep(self.takes_seconds)
+        if self.socket_error is not None:
+            raise self.socket_error
+        try:
+            yield self.remaining
+            while True:
+                told = await self._pushed.get()
+                if isinstance(told, SensorError):
+                    raise told
+                yield told
+        finally:
+            self.sockets_closed += 1
+
+    def push(self, remaining: int) -> None:
+        """The queue changes, and the websocket says so."""
+        self.remaining = remaining
+        self._pushed.put_nowait(remaining)
+
+    def lose_socket(self) -> None:
+        self._pushed.put_nowait(SensorError("connection lost"))
+
+    async def free(self, body: Mapping[str, bool]) -> None:
+        self.posts.append((now(), dict(body)))
+        self.posting += 1
+        self.most_posting_at_once = max(self.most_posting_at_once, self.posting)
+        try:
+            if self.lost_flags:
+                self.lost_flags -= 1
+            elif self.acts_after_seconds is not None and not self._refuses():
+                asyncio.get_running_loop().call_later(self.acts_after_seconds, self._let_go)
+            await asyncio.sleep(self.post_takes_seconds)
+            if self.post_error is not None:
+                raise self.post_error
+        finally:
+            self.posting -= 1
+
+    def _refuses(self) -> bool:
+        """An error other than a late answer means that the flags were never set."""
+        return self.post_error is not None and type(self.post_error).__name__ != "TimedOut"
+
+    def _let_go(self) -> None:
+        self.card.holders["comfyui"] = min(self.held_bytes, self.keeps_bytes)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeStore:
+    """A store in a list. `append` may be told to fail."""
+
+    def __init__(self, *rows: Row) -> None:
+        self.rows = list(rows)
+        self.closed = False
+
+    def append(self, rows: list[Row]) -> None:
+        self.rows += rows
+
+    def newest(self, limit: int) -> list[Row]:
+        return self.rows[-limit:]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@dataclass
+class WallClock:
+    """A wall clock that a test can set; it goes on with the loop."""
+
+    zero: datetime = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    ahead: timedelta = field(default_factory=timedelta)
+
+    def __call__(self) -> datetime:
+        return self.zero + self.ahead + timedelta(seconds=now())
+
+
+# Quick rules: a model on the CPU is answered after 2 s of an idle ComfyUI, pressure after 5 s.
+QUICK = Rules(grace_seconds=5.0, empty_room_grace_seconds=5.0, comfyui_idle_seconds=3.0)
+
+
+class Spine:
+    """Observer, actuator, journal and cycle over fakes of one card (or of the parts given)."""
+
+    def __init__(
+        self,
+        *,
+        rules: Rules = QUICK,
+        card: Card | None = None,
+        gpus: FakeGpus | None = None,
+        ollama: bool = True,
+        comfyui: bool = True,
+        store: FakeStore | None = None,
+        wall: WallClock | None = None,
+    ) -> None:
+        self.card = card or Card()
+        self.gpus = gpus or FakeGpus(self.card)
+        self.ollama = FakeOllama(self.card)
+        self.comfyui = FakeComfyUI(self.card)
+        self.wall = wall or WallClock()
+        self.clock = Clock(asyncio.get_running_loop().time, self.wall)
+        self.store = store or FakeStore()
+        self.journal = Journal(self.clock, self.store)  # type: ignore[arg-type]
+        rim = {
+            "gpus": self.gpus,
+            "ollama": self.ollama if ollama else None,
+            "comfyui": self.comfyui if comfyui else None,
+        }
+        self.observer = Observer(
+            self.clock, self.journal.record, interval_seconds=rules.interval_seconds, **rim  # type: ignore[arg-type]
+        )
+        actuator = Actuator(self.clock, soft_body=SOFT_FREE_BODY, **rim)  # type: ignore[arg-type]
+        self.cycle = Cycle(self.clock, self.observer, actuator, self.journal, rules)
+        self.turns: list[float] = []
+        self.cycle.on_turn = lambda seconds: self.turns.append(now())
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Observer and cycle work inside the block; what kills them ends the block with it."""
+        async with asyncio.TaskGroup() as tasks:
+            work = [tasks.create_task(self.observer.run()), tasks.create_task(self.cycle.run())]
+            yield
+            for task in work:
+                task.cancel()
+
+    def entries(self, *types: EventType) -> list[Entry]:
+        return [entry for entry in self.journal.events() if not types or entry.event.type in types]
+
+    def told(self, *types: EventType) -> list[Event]:
+        return [entry.event for entry in self.entries(*types)]
+
+    async def event(self, *types: EventType, nth: int = 1, within: float = 120) -> Entry:
+        """The nth event of these types, once it has happened."""
+        await until(lambda: len(self.entries(*types)) >= nth, within=within)
+        return self.entries(*types)[nth - 1]
+
+
+async def until(true: Callable[[], object], *, within: float = 120) -> None:
+    """For virtual time: goes on once `true()` is."""
+    deadline = now() + within
+    while not true():
+        assert now() < deadline, f"not within {within} s"
+        await asyncio.sleep(0.05)
