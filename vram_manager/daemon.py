@@ -73,6 +73,8 @@ class Daemon:
                 tcp = tcp_socket(service.vram_http_host, service.vram_http_port)
                 guarded = app(parts, token=service.vram_api_token, trusted=False)
                 await stack.enter_async_context(serving(guarded, tcp))
+            # First of all at the end: a stream that is followed would keep the server waiting.
+            stack.callback(self.journal.hang_up)
             yield
 
 

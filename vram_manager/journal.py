@@ -79,6 +79,7 @@ class Journal:
         self._writing = threading.Lock()
         self._something_to_write = asyncio.Event()
         self._listeners: list[Callable[[Entry], None]] = []
+        self._followers: list[Callable[[Entry | None], None]] = []
         rows = store.newest(RING_EVENTS)
         self._entries.extend(entry for row in rows if (entry := _restored(row)))
         self._seq = rows[-1].seq if rows else 0
@@ -120,7 +121,8 @@ class Journal:
         return entry
 
     def events(self, after: int = 0, limit: int = RING_EVENTS) -> list[Entry]:
-        """Entries with a larger `seq` than `after`, oldest first."""
+        """Entries with a larger `seq` than `after`, oldest first; an `after` of an earlier life is older than all."""
+        after = 0 if after > self._seq else after
         newer = [entry for entry in self._entries if entry.seq > after]
         return newer[:limit] if after else newer[-limit:]
 
@@ -133,20 +135,30 @@ class Journal:
         self._listeners.append(listener)
 
     @asynccontextmanager
-    async def following(self) -> AsyncIterator[asyncio.Queue[Entry]]:
-        """A queue of everything recorded from now on; a reader too slow for 1000 entries loses the oldest."""
-        queue: asyncio.Queue[Entry] = asyncio.Queue(maxsize=RING_EVENTS)
+    async def following(self) -> AsyncIterator[asyncio.Queue[Entry | None]]:
+        """A queue of everything recorded from now on, None when nothing more will come.
 
-        def push(entry: Entry) -> None:
+        A reader too slow for 1000 entries loses the oldest.
+        """
+        queue: asyncio.Queue[Entry | None] = asyncio.Queue(maxsize=RING_EVENTS)
+
+        def push(entry: Entry | None) -> None:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(entry)
 
         self._listeners.append(push)
+        self._followers.append(push)
         try:
             yield queue
         finally:
             self._listeners.remove(push)
+            self._followers.remove(push)
+
+    def hang_up(self) -> None:
+        """Everybody who follows is told that nothing more will come."""
+        for push in self._followers:
+            push(None)
 
     async def write_behind(self) -> None:
         """Writes what is recorded to the store, in a worker thread, until cancelled."""

@@ -153,5 +153,6 @@ class Metrics(Collector):
     ) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, words, labels=labels)
         for values, number in samples.items():
-            family.add_metric(values, number)
+            # Names come from outside; one that UTF-8 cannot say must not take the whole page with it.
+            family.add_metric([value.encode(errors="replace").decode() for value in values], number)
         return family

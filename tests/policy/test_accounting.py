@@ -165,15 +165,20 @@ def hold(
     return comfyui_hold(seen, stats, cards, cards.gpus[0], lesson, stage, Rules())
 
 
-def taught(soft_gib: float, *, runs: int = 1, torch_after_gib: float | None = 0.0) -> Lesson:
-    """A soft free after which so much stayed that nobody accounts for."""
+def taught(
+    soft_gib: float, *, unload_gib: float | None = None, runs: int = 1, torch_after_gib: float | None = 0.0
+) -> Lesson:
+    """A soft free after which so much stayed that nobody accounts for; and perhaps an unload stage."""
+    floors = {Stage.SOFT: gib(soft_gib)}
+    if unload_gib is not None:
+        floors[Stage.UNLOAD] = gib(unload_gib)
     torch_after = None if torch_after_gib is None else gib(torch_after_gib)
     return Lesson(
         runs=runs,
         stages=frozenset({Stage.SOFT}),
         freed_bytes=0,
         torch_bytes_after=torch_after,
-        floors={Stage.SOFT: gib(soft_gib)},
+        floors=floors,
     )
 
 
@@ -191,7 +196,16 @@ def hidden(*argv: str, torch_gib: float = 1.0) -> ComfyUIState:
         pytest.param(hold(2.2, hidden()), 1, Certainty.MEASURED, id="a context and a desktop are not worth a free"),
         pytest.param(hold(20, hidden(), lesson=taught(9)), 11, Certainty.LEARNED, id="the floor of an earlier free"),
         pytest.param(
-            hold(20, hidden(), lesson=taught(9), stage=Stage.UNLOAD), 19, Certainty.PERHAPS, id="each stage its own floor"
+            hold(20, hidden(), lesson=taught(9), stage=Stage.UNLOAD),
+            11,
+            Certainty.LEARNED,
+            id="what stayed after a soft free is no guess for the unload stage",
+        ),
+        pytest.param(
+            hold(20, hidden(), lesson=taught(9, unload_gib=7), stage=Stage.UNLOAD),
+            13,
+            Certainty.LEARNED,
+            id="each stage its own floor",
         ),
         pytest.param(hold(10.1, hidden(), lesson=taught(9)), 1, Certainty.MEASURED, id="nothing beyond the floor"),
         pytest.param(hold(20, hidden(), loaded=Missing("?")), 1, Certainty.MEASURED, id="Ollama unread: torch alone"),

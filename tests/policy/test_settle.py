@@ -386,6 +386,12 @@ def test_a_model_that_left_without_its_memory_is_told_so() -> None:
     assert "its memory did not come back" in policy.told[-1].reason
 
 
+def test_a_model_that_left_while_the_gpu_could_not_be_read_is_told_so() -> None:
+    policy = unloading()
+    policy.look(snapshot(10, Missing("lost"), comfyui=Off()))
+    assert "the GPU could not be read meanwhile" in policy.told[-1].reason
+
+
 def test_a_model_wholly_on_the_cpu_has_left_once_it_is_off_the_list() -> None:
     policy = unloading(gpu_gib=0.0)
     policy.look(snapshot(0.5, gpu(free_gib=16), ollama=ollama(model(gpu_gib=0.0))))

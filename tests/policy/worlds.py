@@ -206,7 +206,8 @@ class Policy:
         assert self.last is not None
         assert self.watch.pending is not None
         seen = gpus_seen(self.last)
-        card = None if isinstance(seen, Missing) else next(g for g in seen.gpus if g.uuid == self.watch.pending.gpu)
+        cards = () if isinstance(seen, Missing) else seen.gpus
+        card = next((card for card in cards if card.uuid == self.watch.pending.gpu), None)
         memory = card.memory if card is not None and isinstance(card.memory, GpuMemory) else None
         when = self.last.taken_at if at is None else at
         self.watch = asked(self.watch, Asked(at=when, gpu_memory=memory), self.last, "free-0001")

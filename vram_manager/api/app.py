@@ -13,7 +13,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from vram_manager.api import views
@@ -44,6 +44,15 @@ class Parts:
     metrics: Callable[[], bytes]
 
 
+class JSONResponse(Response):
+    """JSON in ASCII: a name from outside that UTF-8 cannot say must not turn an answer into a 500."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 class BadRequest(Exception):
     """A request that cannot be served; names the field where there is one."""
 
@@ -70,7 +79,8 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
                 given = request.headers.get("authorization", "")
                 if token is None:
                     return error(403, "read_only", "this port is read-only: set VRAM_API_TOKEN, or use the socket")
-                if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                # Starlette reads headers as Latin-1, whatever they were written in.
+                if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {token}".encode()):
                     return error(401, "unauthorized", "needs the header Authorization: Bearer <VRAM_API_TOKEN>")
             return await handler(request)
 
@@ -129,24 +139,29 @@ class _Routes:
 
     async def events(self, request: Request) -> Response:
         after, limit = _event_number(request), _number(request, "limit", default=100)
+        journal = self._parts.journal
         if "text/event-stream" in request.headers.get("accept", ""):
             return StreamingResponse(self._follow(after), media_type="text/event-stream")
-        return JSONResponse({"events": [as_json(entry) for entry in self._parts.journal.events(after, limit)]})
+        return JSONResponse({"events": [as_json(entry) for entry in journal.events(after or 0, limit)]})
 
-    async def _follow(self, after: int) -> AsyncIterator[str]:
-        async with self._parts.journal.following() as queue:
-            for entry in self._parts.journal.events(after) if after else ():
+    async def _follow(self, after: int | None) -> AsyncIterator[str]:
+        journal = self._parts.journal
+        async with journal.following() as queue:
+            past = [] if after is None else journal.events(after)
+            for entry in past:
                 yield f"id: {entry.id}\ndata: {json.dumps(as_json(entry))}\n\n"
-                after = entry.seq
+            told = past[-1].seq if past else 0
             while True:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                        entry = await queue.get()
+                        newer = await queue.get()
                 except TimeoutError:
                     yield ": still here\n\n"
                     continue
-                if entry.seq > after:
-                    yield f"id: {entry.id}\ndata: {json.dumps(as_json(entry))}\n\n"
+                if newer is None:
+                    return
+                if newer.seq > told:
+                    yield f"id: {newer.id}\ndata: {json.dumps(as_json(newer))}\n\n"
 
     async def free(self, request: Request) -> Response:
         body = await _json_body(request)
@@ -177,6 +192,8 @@ def _wish(body: dict[str, Any]) -> tuple[Action, bool]:
         return UnloadModel(model=model, forced=force), force
     if target != "comfyui":
         raise BadRequest(422, "invalid", f"target is {json.dumps(target)}: must be comfyui or ollama", "target")
+    if "model" in body:
+        raise BadRequest(422, "invalid", "model is for target ollama: ComfyUI is freed as a whole", "model")
     if stage not in ("soft", "unload"):
         raise BadRequest(422, "invalid", f"stage is {json.dumps(stage)}: must be soft or unload", "stage")
     return FreeComfyUI(stage=Stage(stage), forced=force), force
@@ -209,11 +226,11 @@ def _number(request: Request, name: str, *, default: int) -> int:
     return min(int(text), MAX_LIMIT)
 
 
-def _event_number(request: Request) -> int:
-    """`after` is an event's id, or the number in it."""
-    text = request.query_params.get("after", request.headers.get("last-event-id", ""))
+def _event_number(request: Request) -> int | None:
+    """`after` is an event's id, or the number in it; a browser that comes back says in a header how far it got."""
+    text = request.headers.get("last-event-id") or request.query_params.get("after")
     if not text:
-        return 0
+        return None
     found = re.fullmatch(r"(?:[a-z]+-)?([0-9]{1,15})", text)
     if found is None:
         raise BadRequest(422, "invalid", f"after is {text!r}: must be the id of an event, such as free-0412", "after")

@@ -4,17 +4,75 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import logging
+import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import uvicorn
+from loguru import logger
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vram_manager.errors import AlreadyRunning, SettingsError
 
 SOCKET_MODE = 0o660
+# Others stop at 64 KiB; ours is larger than what one read may bring of a body that follows at once (256 KiB).
+HEAD_BYTES = 1 << 19
+# Every open connection is a file descriptor that a sensor cannot have.
+HEAD_SECONDS = 30.0
+
+
+class _Told(logging.Handler):
+    """uvicorn's words go where ours go: a bug in a route is an error, what a client did wrong is for debugging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        problem = record.exc_info[1] if record.exc_info else None
+        # A request that outlived its second at the end was cut off by us.
+        if not isinstance(problem, asyncio.CancelledError):
+            logger.opt(exception=problem).log("ERROR" if problem else "DEBUG", "{}", record.getMessage().strip())
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection. The head of a request may neither grow nor be waited for without end."""
+
+    _late: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            self._late = self._late or self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        if self._head_bytes > HEAD_BYTES:
+            self.send_400_response("The head of the request is too large.")
+        else:
+            super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._in_time()
+        self._in_head, self._head_bytes = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):
@@ -40,28 +98,52 @@ class _Server(uvicorn.Server):
 
 def unix_socket(path: Path) -> socket.socket:
     """A bound socket at `path`, mode 0660. A stale file is replaced; a live daemon is AlreadyRunning."""
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise SettingsError(f"VRAM_SOCKET={path}: exists and is no socket; choose another path")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(str(path))
-            except (ConnectionRefusedError, FileNotFoundError):
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise AlreadyRunning(f"{path} is taken ({error}): is another vram-manager running?") from error
-            else:
-                raise AlreadyRunning(f"another vram-manager answers on {path}: only one may act on a GPU")
+    try:
+        with _alone_in(path.parent):
+            if path.exists() or path.is_symlink():
+                _clear(path)
+            return _bound(path)
+    except OSError as error:
+        raise SettingsError(f"VRAM_SOCKET={path}: cannot be listened on ({error}); choose a writable path") from error
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Two daemons that start at once must not both take the other's new file for a stale one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(path: Path) -> None:
+    """The file at `path` is gone, if it is a socket that nobody listens on any more."""
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise SettingsError(f"VRAM_SOCKET={path}: exists and is no socket; choose another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise AlreadyRunning(f"{path} is taken ({error}): is another vram-manager running?") from error
+        else:
+            raise AlreadyRunning(f"another vram-manager answers on {path}: only one may act on a GPU")
+
+
+def _bound(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         listener.bind(str(path))
         path.chmod(SOCKET_MODE)
         listener.listen(256)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise SettingsError(f"VRAM_SOCKET={path}: cannot be listened on ({error}); choose a writable path") from error
+        raise
     return listener
 
 
@@ -76,13 +158,15 @@ def tcp_socket(host: str, port: int) -> socket.socket:
 @contextlib.asynccontextmanager
 async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
     """`app` answers on `listener` inside the block; afterwards open requests get a second to finish."""
+    uvicorns = logging.getLogger("uvicorn.error")
+    uvicorns.handlers, uvicorns.propagate = [_Told()], False
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="off",
         ws="none",
-        http="httptools",
+        http=_Protocol,
         date_header=False,
         server_header=False,
         timeout_graceful_shutdown=1,

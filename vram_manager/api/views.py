@@ -90,11 +90,27 @@ def _gpus(snapshot: Snapshot) -> tuple[Gpu, ...]:
     return snapshot.gpus.value.gpus if isinstance(snapshot.gpus, Seen) else ()
 
 
+_NOTHING_SEEN = {
+    "taken_at": None,
+    "age_seconds": None,
+    "gpus": [],
+    "gpus_why": None,
+    "second_hand": False,
+    "ollama": None,
+    "comfyui": None,
+    "leases": [],
+    "demands": [],
+    "unreclaimable_bytes": {},
+    "settling": None,
+    "now": None,
+}
+
+
 def snapshot(clock: Clock, cycle: Cycle) -> dict[str, Any]:
     """Everything that was seen at the last turn, and who needs what."""
     seen = cycle.snapshot
     if seen is None:
-        return {"taken_at": None, "gpus": [], "ollama": None, "comfyui": None, "leases": [], "demands": []}
+        return _NOTHING_SEEN
     age = clock.monotonic() - seen.taken_at
     gpus = gpus_seen(seen)
     return {

@@ -57,10 +57,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """One answer to one demand: a soft free and, if that was not enough, the unload stage."""
+    """One answer to one demand: a soft free and, if that was not enough, the unload stage.
+
+    It ends when ComfyUI runs again: what it holds then was loaded since, and somebody is using it.
+    """
 
     demand: Demand
     gpu: str | None
+    runs: int
     stage_done: Stage
     settled_at: float
     freed_bytes: int

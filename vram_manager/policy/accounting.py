@@ -194,7 +194,8 @@ def comfyui_hold(
             bytes=torch_bytes, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted
         )
     floors: Mapping[Stage, int] = lesson.floors if lesson else {}
-    floor = floors.get(stage)
+    # The soft stage lets every hidden weight go: what stayed after it is no guess for the unload stage.
+    floor = floors.get(stage, floors.get(Stage.SOFT))
     hidden = max(0, unaccounted - (rules.unseen_allowance_bytes if floor is None else floor))
     if hidden < rules.min_reclaim_bytes:
         certainty = Certainty.MEASURED

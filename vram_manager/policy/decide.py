@@ -24,12 +24,12 @@ from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Episode, Lesson, Pending, Watch
 from vram_manager.policy import guards
-from vram_manager.policy.accounting import gpus_read_at, gpus_seen
+from vram_manager.policy.accounting import gpus_read_at, gpus_seen, named
 from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, gib, met, notice
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.inputs import inputs_of
-from vram_manager.policy.plan import Proposal, Target, comfyui_target, harder, plan, why_not_now
-from vram_manager.policy.pressure import pressures
+from vram_manager.policy.plan import Proposal, Target, comfyui_target, first_stage, harder, plan, why_not_now, would_not_fit
+from vram_manager.policy.pressure import limit_bytes, pressures
 from vram_manager.policy.rules import Rules
 from vram_manager.policy.settle import Repost, Settled, Waiting, settle
 
@@ -52,7 +52,7 @@ def decide(snapshot: Snapshot, watch: Watch, rules: Rules) -> Decision:
             watch, concluded = _conclude(outcome, snapshot, watch, gpus, rules)
             decision = _next(snapshot, watch, gpus, rules)
             events.append(replace(concluded, final=not decision.branch.startswith("6 escalate")))
-        case None:
+        case _:
             decision = _next(snapshot, watch, gpus, rules)
     inputs = inputs_of(snapshot, gpus, decision.watch)
     return replace(decision, events=(*events, *decision.events), inputs=inputs)
@@ -88,7 +88,7 @@ def _next(snapshot: Snapshot, watch: Watch, gpus: Gpus | Missing, rules: Rules) 
         demands=demands,
         answered=answered,
         dry_run_told=frozenset(watch.dry_run_told & demands.keys()),
-        unreclaimable=watch.unreclaimable if demands else {},
+        unreclaimable=watch.unreclaimable if alive.keys() - room else {},
     )
     if watch.episode is not None:
         further = _escalate(watch.episode, snapshot, watch, gpus, rules)
@@ -130,19 +130,25 @@ def _escalate(episode: Episode, snapshot: Snapshot, watch: Watch, gpus: Gpus, ru
     closed = replace(watch, episode=None)
     if episode.freed_bytes >= rules.min_reclaim_bytes and episode.demand.key in watch.fallbacks:
         closed = replace(closed, answered=watch.answered | {episode.demand.key})
-    if isinstance(target, Hold) or target.gpu.uuid != episode.gpu or not target.queue.idle:
+    if isinstance(target, Hold) or target.gpu.uuid != episode.gpu or target.queue.runs != episode.runs:
         return closed
     over = target.memory.used_percent > rules.unload_threshold_percent
     unmet = demand is not None and demand.kind is not Kind.PRESSURE
     if not over and not unmet:
         return closed
+    demand = demand or episode.demand
+    if over:
+        room_bytes = limit_bytes(target.memory, rules.unload_threshold_percent)
+        demand = replace(demand, need_free_bytes=max(demand.need_free_bytes, room_bytes))
     proposal = harder(snapshot, target, watch.lesson, rules) if episode.stage_done is Stage.SOFT else None
+    if proposal is not None and not over and would_not_fit(demand, proposal):
+        proposal = None
     if proposal is None:
         left = target.held(snapshot, watch.lesson, Stage.UNLOAD, rules)
         stays = left.torch_bytes + (left.unaccounted_bytes or 0)
         return replace(closed, unreclaimable={**watch.unreclaimable, target.gpu.uuid: stays})
     why = f"{target.memory.used_percent:.0f} % still used after the soft free"
-    demand = replace(demand or episode.demand, reason=f"{(demand or episode.demand).reason}; {why}")
+    demand = replace(demand, reason=f"{demand.reason}; {why}")
     held = why_not_now(proposal, 0.0, snapshot.taken_at, watch, rules, first=False)
     if held is not None:
         return replace(_hold(held, demand, watch), branch="6 escalate later")
@@ -216,7 +222,8 @@ def _conclude(
     watch = replace(watch, pending=None)
     if stage is None:
         return watch, event
-    watch = replace(watch, lesson=_lesson(pending, stage, settled, snapshot, watch, gpus, rules))
+    lesson = _lesson(pending, stage, settled, snapshot, watch, gpus, rules)
+    watch = replace(watch, lesson=lesson)
     # A guess that gave nothing back is answered: the memory is not ComfyUI's. What is measured is worth more.
     if pending.demand is None or not (settled.proven or pending.expected_bytes is not None):
         return replace(watch, episode=None), event
@@ -224,6 +231,7 @@ def _conclude(
     episode = Episode(
         demand=pending.demand,
         gpu=pending.gpu,
+        runs=lesson.runs,
         stage_done=stage,
         settled_at=snapshot.taken_at,
         freed_bytes=earlier + settled.freed_bytes,
@@ -300,7 +308,8 @@ def decide_manual(snapshot: Snapshot, watch: Watch, wish: ManualFree, rules: Rul
         late = guards.spacing(action.target, watch.posted_at, rules.cooldown_seconds, now, "cooldown")
         if late is not None and not wish.force:
             return no(late.why)
-        gpu = gpus.gpus[0].uuid if len(gpus.gpus) == 1 else rules.ollama_gpu
+        card = gpus.gpus[0] if len(gpus.gpus) == 1 else named(gpus, rules.ollama_gpu or "")
+        gpu = card.uuid if card else None
         expected = model.size_vram_bytes
     else:
         target = comfyui_target(snapshot, gpus, rules)
@@ -312,6 +321,8 @@ def decide_manual(snapshot: Snapshot, watch: Watch, wish: ManualFree, rules: Rul
         if not wish.force:
             if late := why_not_now(proposal, idle, now, watch, rules, first=True):
                 return no(late.why)
+            if action.stage is not Stage.UNLOAD and first_stage(target.comfyui) is Stage.UNLOAD:
+                return no("a soft free gives nothing back under --highvram or --gpu-only: ask for the unload stage")
             if held_bytes.bytes < rules.min_reclaim_bytes:
                 return no(f"ComfyUI holds {gib(held_bytes.bytes)}: nothing worth freeing")
         elif late := guards.spacing(action.target, watch.posted_at, rules.post_spacing_seconds, now, "spacing"):

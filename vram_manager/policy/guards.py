@@ -63,5 +63,5 @@ def budget(frees_at: tuple[float, ...], now: float, rules: Rules) -> Hold | None
     return Hold(
         branch="5 budget",
         why=f"{len(recent)} frees within the hour: more would be ping-pong",
-        again_seconds=HOUR_SECONDS - (now - recent[0]),
+        again_seconds=HOUR_SECONDS - (now - recent[0]) if recent else None,
     )

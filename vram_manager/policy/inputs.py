@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vram_manager.domain.reading import Missing, Off, Reading, Seen
+from vram_manager.domain.reading import Missing, Reading, Seen
 from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Watch
 
@@ -13,8 +13,7 @@ def _age(reading: Reading[object], now: float) -> str | float:
             return round(now - at, 2)
         case Missing(why=why):
             return f"missing: {why}"
-        case Off():
-            return "off"
+    return "off"
 
 
 def inputs_of(snapshot: Snapshot, gpus: Gpus | Missing, watch: Watch) -> dict[str, object]:

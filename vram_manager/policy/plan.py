@@ -71,24 +71,29 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
     if demand.gpu is not None and demand.gpu != target.gpu.uuid:
         return Hold(branch="4 other GPU", why=f"ComfyUI is on GPU {target.gpu.index}, which would not help")
     if demand.kind is Kind.FALLBACK and not can_use(target.gpu, gpus, rules):
-        known = rules.ollama_gpu is None or named(gpus, rules.ollama_gpu) is not None
         why = f"ComfyUI is on GPU {target.gpu.index}, Ollama is not"
-        return Hold(
-            branch="4 other GPU", why=why if known else f"OLLAMA_GPU={rules.ollama_gpu} is none of the GPUs seen here"
-        )
+        if named(gpus, rules.ollama_gpu or "") is None:
+            why = f"OLLAMA_GPU={rules.ollama_gpu} is none of the GPUs seen here"
+        return Hold(branch="4 other GPU", why=why)
     stage = first_stage(target.comfyui)
     held = target.held(snapshot, watch.lesson, stage, rules)
     if nothing_new(held, watch.lesson, target.queue, stage, rules):
         return Hold(branch="4 unreclaimable", why="ComfyUI has not run since it was last freed: nothing more to give")
     if held.bytes < rules.min_reclaim_bytes:
         return Hold(branch="4 nothing held", why=f"ComfyUI holds {gib(held.bytes)}: not worth a free")
-    if demand.kind is Kind.FALLBACK and target.memory.free_bytes + held.bytes < demand.need_free_bytes:
+    proposal = Proposal(action=FreeComfyUI(stage=stage), target=target, held=held)
+    if demand.kind is Kind.FALLBACK and would_not_fit(demand, proposal):
         return Hold(
             branch="4 would not fit",
             why=f"would not fit even after a free: needs {gib(demand.need_free_bytes)} free, "
             f"{gib(target.memory.free_bytes)} are and ComfyUI holds {gib(held.bytes)} ({held.certainty})",
         )
-    return Proposal(action=FreeComfyUI(stage=stage), target=target, held=held)
+    return proposal
+
+
+def would_not_fit(demand: Demand, proposal: Proposal) -> bool:
+    """Even if everything came back that `proposal` could give."""
+    return proposal.target.memory.free_bytes + proposal.held.bytes < demand.need_free_bytes
 
 
 def harder(snapshot: Snapshot, target: Target, lesson: Lesson | None, rules: Rules) -> Proposal | None:

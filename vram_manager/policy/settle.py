@@ -56,7 +56,11 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
         return Waiting(pending=pending)
     now = snapshot.taken_at
     memory = _memory_since(asked_at, pending.gpu, snapshot)
+    listed = _still_listed(pending, asked_at, snapshot)
     rose = _rise(pending, asked_at, snapshot, memory)
+    if pending.gpu is None and listed is False:
+        # Ollama does not say on which of several GPUs its model was: its word is all there is.
+        rose = Seen(pending.expected_bytes or 0, now)
     if rose.value > pending.rose_bytes + 2**25:  # 32 MiB: the page size DynamicVRAM gives back in
         pending = replace(pending, rose_bytes=rose.value, rose_at=rose.at)
     used_after = memory.value.used_percent if memory else None
@@ -65,7 +69,6 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
     some = pending.rose_bytes >= min(rules.min_reclaim_bytes, pending.expected_bytes or rules.min_reclaim_bytes)
     waited = now - asked_at
     over = waited >= rules.settle_timeout_seconds
-    listed = _still_listed(pending, asked_at, snapshot)
     quiet = quiet_for >= (QUIET_SECONDS if enough else QUIET_SHORT_SECONDS) and not _holder_unread(pending, snapshot)
     nothing_to_come = isinstance(pending.action, UnloadModel) and pending.expected_bytes == 0
     if listed is False and (nothing_to_come or (some and (quiet or over))):
@@ -157,14 +160,13 @@ def _still_listed(pending: Pending, asked_at: float, snapshot: Snapshot) -> bool
 
 
 def _why_not(pending: Pending, snapshot: Snapshot, memory: Seen[GpuMemory] | None, listed: bool | None) -> str:
-    if isinstance(pending.action, UnloadModel):
-        if listed is None:
-            return "Ollama could not be read meanwhile"
-        if listed:
-            return f"{pending.action.model} is still listed: it leaves after its last request"
-        return "the model is gone from the list, its memory did not come back"
+    if isinstance(pending.action, UnloadModel) and listed is not False:
+        unread = "Ollama could not be read meanwhile"
+        return unread if listed is None else f"{pending.action.model} is still listed: it leaves after its last request"
     if memory is None:
         return "the GPU could not be read meanwhile"
+    if isinstance(pending.action, UnloadModel):
+        return "the model is gone from the list, its memory did not come back"
     queue = snapshot.queue.value if isinstance(snapshot.queue, Seen) else None
     if queue is not None and (not queue.idle or queue.runs != pending.runs_before):
         return "ComfyUI started a prompt meanwhile: it acts after that"

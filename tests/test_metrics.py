@@ -1,0 +1,244 @@
+"""What Prometheus reads: true numbers, and no sample where nothing is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.fakes import GIB
+from vram_manager import __version__
+from vram_manager.clock import Clock
+from vram_manager.domain.action import Stage
+from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.reading import Missing, Off, Reading, Seen
+from vram_manager.domain.snapshot import (
+    ComfyUIState,
+    Gpu,
+    GpuMemory,
+    Gpus,
+    LoadedModel,
+    OllamaState,
+    Queue,
+    Snapshot,
+    TorchDevice,
+)
+from vram_manager.domain.watch import Watch
+from vram_manager.journal import Entry
+from vram_manager.metrics import PREFIX, Metrics
+
+CARD = Gpu(
+    uuid="GPU-a",
+    index=0,
+    name="RTX 4090",
+    memory=GpuMemory(total_bytes=24 * GIB, used_bytes=10 * GIB, free_bytes=13 * GIB, reserved_bytes=GIB),
+    utilization_percent=3,
+)
+MODEL = LoadedModel(
+    name="llama3.1:8b", digest="d", size_bytes=8 * GIB, size_vram_bytes=6 * GIB, context_length=None, expires_at=None
+)
+TORCH = TorchDevice(
+    name="cuda:0",
+    type="cuda",
+    index=0,
+    vram_total_bytes=24 * GIB,
+    vram_free_bytes=13 * GIB,
+    torch_total_bytes=4 * GIB,
+    torch_free_bytes=GIB,
+)
+SEEN = Snapshot(
+    taken_at=90.0,
+    gpus=Seen(Gpus(gpus=(CARD,), driver_version="580"), 89.0),
+    ollama=Seen(OllamaState(version="0.33.1", models=(MODEL,)), 88.0),
+    comfyui=Seen(ComfyUIState(version="0.20.1", argv=(), devices=(TORCH,)), 87.0),
+    queue=Seen(Queue(remaining=2, since=1.0, moved_at=1.0, runs=1), 86.0),
+)
+GONE = Missing("gone", last_seen_at=40.0)
+FREED = Event(
+    type=EventType.FREED, target="comfyui", stage=Stage.SOFT, freed_bytes=5 * GIB, took_seconds=1.2, reason="why"
+)
+
+
+@dataclass
+class Turn:
+    """What the cycle would show of its last turn."""
+
+    snapshot: Snapshot | None = SEEN
+    watch: Watch = field(default_factory=Watch)
+    turned_at: float | None = 90.0
+
+
+@dataclass
+class Sensors:
+    states: dict[str, Reading[object]]
+
+    def sensors(self) -> dict[str, Reading[object]]:
+        return self.states
+
+
+def metrics(turn: Turn | None = None, **states: Reading[object]) -> Metrics:
+    return Metrics(Clock(lambda: 100.0, lambda: datetime.now(UTC)), turn or Turn(), Sensors(states))
+
+
+def samples(scraped: Metrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Every sample by name and labels."""
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(scraped.render().decode()):
+        for sample in family.samples:
+            assert sample.name.startswith(PREFIX)
+            labels = tuple(sorted(sample.labels.items()))
+            assert labels not in found.get(sample.name, {}), f"{sample.name} twice with {labels}"
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return {name.removeprefix(PREFIX): values for name, values in found.items()}
+
+
+def entry(event: Event) -> Entry:
+    return Entry(id="free-0001", seq=1, at=datetime.now(UTC), event=event)
+
+
+def test_gauges_tell_the_last_turn():
+    told = samples(metrics())
+    gpu = (("gpu", "GPU-a"),)
+    assert told["gpu_memory_total_bytes"] == {gpu: 24 * GIB}
+    assert told["gpu_memory_used_bytes"] == {gpu: 10 * GIB}
+    assert told["gpu_memory_free_bytes"] == {gpu: 13 * GIB}
+    assert told["tenant_memory_bytes"] == {(("tenant", "ollama"),): 6 * GIB, (("tenant", "comfyui"),): 4 * GIB}
+    assert told["ollama_model_vram_bytes"] == {(("model", "llama3.1:8b"),): 6 * GIB}
+    assert told["ollama_model_cpu_ratio"] == {(("model", "llama3.1:8b"),): 0.25}
+    assert told["comfyui_queue_remaining"] == {(): 2}
+    assert told["build_info"] == {(("version", __version__),): 1}
+
+
+GAUGES_OF_READINGS = (
+    "gpu_memory_total_bytes",
+    "gpu_memory_used_bytes",
+    "gpu_memory_free_bytes",
+    "tenant_memory_bytes",
+    "ollama_model_vram_bytes",
+    "ollama_model_cpu_ratio",
+    "comfyui_queue_remaining",
+)
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        None,
+        replace(SEEN, gpus=GONE, ollama=GONE, comfyui=GONE, queue=GONE),
+        replace(SEEN, gpus=Off(), ollama=Off(), comfyui=Off(), queue=Off()),
+    ],
+    ids=["before the first turn", "all missing", "all off"],
+)
+def test_what_is_not_known_has_no_sample_and_is_no_zero(snapshot: Snapshot | None):
+    told = samples(metrics(Turn(snapshot=snapshot)))
+    assert [name for name in GAUGES_OF_READINGS if name in told] == []
+
+
+def test_a_card_whose_memory_is_not_known_has_no_sample_beside_those_that_have():
+    gpus = Gpus(gpus=(replace(CARD, memory=GONE), replace(CARD, uuid="GPU-b")), driver_version="580")
+    told = samples(metrics(Turn(snapshot=replace(SEEN, gpus=Seen(gpus, 89.0)))))
+    assert list(told["gpu_memory_free_bytes"]) == [(("gpu", "GPU-b"),)]
+
+
+def test_numbers_that_only_comfyui_told_are_not_passed_off_as_nvmls():
+    assert "gpu_memory_used_bytes" not in samples(metrics(Turn(snapshot=replace(SEEN, gpus=GONE))))
+
+
+def test_a_model_whose_place_is_not_known_has_no_ratio():
+    odd = replace(MODEL, size_vram_bytes=9 * GIB)
+    told = samples(metrics(Turn(snapshot=replace(SEEN, ollama=Seen(OllamaState(version="1", models=(odd,)), 1.0)))))
+    assert "ollama_model_cpu_ratio" not in told
+    assert told["ollama_model_vram_bytes"] == {(("model", "llama3.1:8b"),): 9 * GIB}
+
+
+def test_an_ollama_without_a_model_holds_nothing_and_that_is_known():
+    nothing = Seen(OllamaState(version="1", models=()), 1.0)
+    told = samples(metrics(Turn(snapshot=replace(SEEN, ollama=nothing))))
+    assert told["tenant_memory_bytes"][("tenant", "ollama"),] == 0
+
+
+def test_sensors_are_up_or_down_and_their_readings_have_an_age():
+    told = samples(metrics(nvml=Seen(None, 97.5), ollama=GONE, comfyui=Missing("never answered")))
+    assert told["sensor_up"] == {(("sensor", "nvml"),): 1, (("sensor", "ollama"),): 0, (("sensor", "comfyui"),): 0}
+    assert told["reading_age_seconds"] == {(("sensor", "nvml"),): 2.5, (("sensor", "ollama"),): 60}
+
+
+def test_a_sensor_that_is_off_is_neither_up_nor_down():
+    assert samples(metrics(nvml=Seen(None, 99.0), ollama=Off()))["sensor_up"] == {(("sensor", "nvml"),): 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [
+        (EventType.FREED, "freed"),
+        (EventType.FREE_UNCONFIRMED, "unconfirmed"),
+        (EventType.FREE_REFUSED, "refused"),
+        (EventType.DRY_RUN, "dry_run"),
+    ],
+)
+def test_frees_are_counted_by_how_they_ended(kind: EventType, outcome: str):
+    counted = metrics()
+    for _ in range(2):
+        counted.count(entry(replace(FREED, type=kind)))
+    labels = (("outcome", outcome), ("stage", "soft"), ("target", "comfyui"))
+    assert samples(counted)["frees_total"] == {labels: 2}
+
+
+def test_bytes_and_seconds_are_counted_for_what_was_proven_only():
+    counted = metrics()
+    counted.count(entry(FREED))
+    counted.count(entry(replace(FREED, type=EventType.FREE_UNCONFIRMED)))
+    told = samples(counted)
+    assert told["freed_bytes_total"] == {(("stage", "soft"), ("target", "comfyui")): 5 * GIB}
+    assert told["free_duration_seconds_count"] == {(): 1}
+    assert told["free_duration_seconds_sum"] == {(): 1.2}
+    assert told["free_duration_seconds_bucket"][("le", "1.0"),] == 0
+    assert told["free_duration_seconds_bucket"][("le", "2.0"),] == 1
+
+
+def test_unloads_are_counted_for_ollama_as_a_whole_and_not_by_model():
+    counted = metrics()
+    counted.count(entry(replace(FREED, target="ollama:llama3.1:8b", stage=None)))
+    assert list(samples(counted)["frees_total"]) == [(("outcome", "freed"), ("stage", ""), ("target", "ollama"))]
+
+
+def test_cpu_fallbacks_and_turns_are_counted():
+    counted = metrics()
+    counted.count(entry(Event(type=EventType.CPU_FALLBACK, target="ollama", reason="m is 38 % on CPU")))
+    counted.turned(0.002)
+    told = samples(counted)
+    assert told["cpu_fallbacks_total"] == {(): 1}
+    assert told["cycle_duration_seconds_count"] == {(): 1}
+
+
+@pytest.mark.parametrize("kind", EventType)
+def test_every_type_of_event_can_be_counted(kind: EventType):
+    counted = metrics()
+    counted.count(entry(Event(type=kind)))
+    samples(counted)
+
+
+def test_what_nobody_can_give_back_is_shown():
+    told = samples(metrics(Turn(watch=Watch(unreclaimable={"GPU-a": 3 * GIB}))))
+    assert told["unreclaimable_bytes"] == {(("gpu", "GPU-a"),): 3 * GIB}
+
+
+@pytest.mark.parametrize("name", ['a"b\\c\nd', "模型:7b", "lone \ud800 surrogate", "x" * 1000])
+def test_no_name_from_outside_breaks_the_text(name: str):
+    models = (replace(MODEL, name=name), MODEL)
+    told = samples(metrics(Turn(snapshot=replace(SEEN, ollama=Seen(OllamaState(version="1", models=models), 1.0)))))
+    assert len(told["ollama_model_vram_bytes"]) == 2
+
+
+def test_scrapes_change_nothing():
+    scraped = metrics()
+    scraped.count(entry(FREED))
+    assert scraped.render() == scraped.render()
+
+
+def test_two_daemons_in_one_process_do_not_share_their_counters():
+    one, other = metrics(), metrics()
+    one.count(entry(FREED))
+    assert "frees_total" not in samples(other)
