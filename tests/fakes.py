@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from vram_manager import config
 from vram_manager.actuator import Actuator
 from vram_manager.clock import Clock
 from vram_manager.config import SOFT_FREE_BODY
 from vram_manager.cycle import Cycle
+from vram_manager.daemon import Daemon, build
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import (
@@ -32,7 +35,7 @@ from vram_manager.errors import SensorError
 from vram_manager.journal import Entry, Journal
 from vram_manager.observer import Observer
 from vram_manager.policy import Rules
-from vram_manager.store import Row
+from vram_manager.store import Row, Store
 
 MIB = 2**20
 GIB = 2**30
@@ -371,3 +374,68 @@ async def until(true: Callable[[], object], *, within: float = 120) -> None:
     while not true():
         assert now() < deadline, f"not within {within} s"
         await asyncio.sleep(0.05)
+
+
+class InThread:
+    """A whole daemon over fakes on its socket, in a thread and a loop of its own, for clients that block."""
+
+    def __init__(self, *, wait_for_first_look: bool = True) -> None:
+        self._wait_for_first_look = wait_for_first_look
+        self.card = Card()
+        self.gpus = FakeGpus(self.card)
+        self.ollama = FakeOllama(self.card)
+        self.comfyui = FakeComfyUI(self.card)
+        self.comfyui.acts_after_seconds = 0.0
+        self.comfyui.hold(8)
+        self.daemon: Daemon | None = None
+        self.ahead = 0.0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="daemon")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+
+    def __enter__(self) -> InThread:
+        self._thread.start()
+        assert self._ready.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Ends the daemon as SIGTERM would; its socket goes."""
+        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def do(self, what: Callable[[], object]) -> None:
+        """Does `what` on the daemon's loop."""
+        assert self._loop is not None
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (what(), done.set()))
+        assert done.wait(20)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._work())
+        finally:
+            self._ready.set()
+
+    async def _work(self) -> None:
+        settings = config.load()
+        self._loop, self._stop = loop, _ = asyncio.get_running_loop(), asyncio.Event()
+        clock = Clock(lambda: loop.time() + self.ahead, lambda: datetime.now(UTC))
+        store = Store.open(settings.service.vram_state_dir)
+        self.daemon = build(settings, clock, store, gpus=self.gpus, ollama=self.ollama, comfyui=self.comfyui)
+        try:
+            async with self.daemon.listening():
+                work = asyncio.create_task(self.daemon.run())
+                while self._wait_for_first_look and self.daemon.cycle.snapshot is None:
+                    await asyncio.sleep(0.001)
+                self._ready.set()
+                await self._stop.wait()
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+        finally:
+            self.daemon.journal.close()

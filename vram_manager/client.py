@@ -52,12 +52,12 @@ def call(method: str, path: str, body: object = None, *, timeout_seconds: float 
         connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
         response = connection.getresponse()
         raw = response.read()
-    except (OSError, http.client.HTTPException) as error:
+        is_json = "json" in (response.getheader("Content-Type") or "")
+        return Reply(response.status, json.loads(raw) if is_json and raw else raw.decode())
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(_why(error)) from error
     finally:
         connection.close()
-    is_json = "json" in (response.getheader("Content-Type") or "")
-    return Reply(response.status, json.loads(raw) if is_json and raw else raw.decode())
 
 
 def follow(path: str) -> Iterator[Any]:
@@ -82,4 +82,6 @@ def _why(error: Exception) -> str:
         return f"no daemon: nobody listens on {path} any more"
     if isinstance(error, PermissionError):
         return f"{path}: permission denied (it is mode 0660: use its group)"
+    if isinstance(error, ValueError):
+        return f"{path}: whoever answers there is no vram-manager ({error})"
     return f"{path}: {error}"

@@ -166,6 +166,9 @@ def _about_devices(settings: Settings, state: ComfyUIState, gpus: Gpus | None) -
             findings.append(Finding("comfyui", "wrong", gpu.why, gpu.remedy))
         else:
             findings.append(Finding("comfyui", "fine", f"it computes on GPU {gpu.index} ({gpu.name})"))
+        if len(gpus.gpus) > 1 and settings.ollama.ollama_url and settings.ollama.ollama_gpu is None:
+            words = "Ollama does not say which of the GPUs its models are on"
+            findings.append(Finding("ollama", "note", words, "set OLLAMA_GPU if it uses only one of them"))
     return findings
 
 

@@ -137,7 +137,7 @@ def test_a_comfyui_on_the_cpu_is_never_freed() -> None:
         pytest.param((gpu(), second()), ollama(), {}, 0, id="nothing is nowhere"),
         pytest.param((gpu(), second()), ollama(model()), {"ollama_gpu": "0"}, 8 * GIB, id="the GPU of the setting"),
         pytest.param((gpu(), second()), ollama(model()), {"ollama_gpu": "1"}, 0, id="another one than the setting's"),
-        pytest.param((gpu(), second()), ollama(model()), {}, None, id="Ollama does not say which"),
+        pytest.param((gpu(), second()), ollama(model()), {}, 0, id="Ollama does not say which: nobody's"),
         pytest.param((gpu(),), Missing("timed out"), {}, None, id="unread"),
         pytest.param((gpu(),), Off(), {}, 0, id="no Ollama here"),
     ],
@@ -216,6 +216,13 @@ def hidden(*argv: str, torch_gib: float = 1.0) -> ComfyUIState:
 def test_what_comfyui_holds(held: Hold, held_gib: float, certainty: Certainty) -> None:
     assert (held.bytes, held.certainty) == (gib(held_gib), certainty)
     assert held.expected_bytes == (None if certainty is Certainty.PERHAPS else gib(held_gib))
+
+
+def test_with_several_gpus_hidden_weights_get_their_fair_test_though_ollama_does_not_say_where_it_is() -> None:
+    cards = gpus(gpu(free_gib=4), second())
+    seen = snapshot(0, cards, ollama=ollama(model(size_gib=8)))
+    held = comfyui_hold(seen, hidden(), cards, cards.gpus[0], None, Stage.SOFT, Rules())
+    assert (held.bytes, held.certainty) == (19 * GIB, Certainty.PERHAPS)
 
 
 @pytest.mark.parametrize(

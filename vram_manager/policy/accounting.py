@@ -138,7 +138,11 @@ def comfyui_process(comfyui: ComfyUIState, gpu: Gpu) -> ProcessMemory | None:
 
 
 def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int | Missing:
-    """What Ollama says it holds on `gpu`. `/api/ps` sums over GPUs, so with several it may be unknown."""
+    """What Ollama says it holds on `gpu`.
+
+    `/api/ps` sums over GPUs. With several and no OLLAMA_GPU none of it can be told to be on this one, so it stays
+    with the memory that nobody accounts for: perhaps ComfyUI's, and one free is a fair test.
+    """
     match snapshot.ollama:
         case Seen(value=ollama):
             total = sum(model.size_vram_bytes for model in ollama.models)
@@ -148,9 +152,7 @@ def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int 
             return 0
     if total == 0 or len(gpus.gpus) == 1:
         return total
-    if rules.ollama_gpu is not None:
-        return total if named(gpus, rules.ollama_gpu) is gpu else 0
-    return Missing("Ollama does not say which GPU its models are on", remedy="set OLLAMA_GPU")
+    return total if rules.ollama_gpu is not None and named(gpus, rules.ollama_gpu) is gpu else 0
 
 
 def can_use(gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:
