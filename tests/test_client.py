@@ -148,9 +148,9 @@ def test_a_path_longer_than_a_socket_may_have_is_unreachable(monkeypatch: pytest
 
 
 def test_a_daemon_that_does_not_answer_in_time_is_unreachable(sock: Path):
-    with answering(sock, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", keep_open=True):
-        with pytest.raises(Unreachable, match="timed out"):
-            call("GET", "/health", timeout_seconds=0.1)
+    begun = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"
+    with answering(sock, begun, keep_open=True), pytest.raises(Unreachable, match="timed out"):
+        call("GET", "/health", timeout_seconds=0.1)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_a_stream_of_nobody_is_unreachable(sock: Path):
 def test_the_client_needs_nothing_but_the_standard_library():
     """A worker imports it; an HTTP library alone would cost more than the whole round trip."""
     code = "import sys, vram_manager.client; print(*{name.partition('.')[0] for name in sys.modules})"
-    modules = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "-I", "-c", code]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     heavy = {"asyncio", "httpx", "loguru", "pydantic", "starlette", "uvicorn", "sqlite3", "click", "prometheus_client"}
     assert heavy.isdisjoint(modules)
     assert client.__doc__

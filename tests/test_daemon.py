@@ -23,6 +23,7 @@ from loguru import logger
 
 from tests.fakes import GIB, Card, FakeComfyUI, FakeGpus, FakeOllama
 from vram_manager import client, config
+from vram_manager.api.server import CONNECTIONS
 from vram_manager.clock import Clock
 from vram_manager.daemon import _until_stopped, build
 from vram_manager.errors import Unreachable
@@ -158,21 +159,9 @@ def test_with_nothing_there_it_starts_says_once_what_is_missing_and_ends_in_orde
     assert not (tmp_path / "run" / "vram.sock").exists()
 
 
-def test_it_begins_with_its_effective_settings_in_words(run):
-    daemon = run(VRAM_PROFILE="chat", OLLAMA_URL="").listening()
-    assert "Profile chat: no Ollama and ComfyUI at http://127.0.0.1:" in daemon.line("Profile")
-    assert daemon.stopped()[0] == 0
-
-
-def test_an_interrupt_ends_it_like_a_termination(run):
+def test_an_interrupt_ends_it_like_a_termination_and_one_more_signal_does_not_hurt(run):
     daemon = run().listening()
     daemon.signal(signal.SIGINT)
-    assert daemon.ended() == (0, "")
-
-
-def test_a_second_termination_does_not_hurt(run):
-    daemon = run().listening()
-    daemon.signal(signal.SIGTERM)
     daemon.signal(signal.SIGTERM)
     assert daemon.ended() == (0, "")
 
@@ -191,6 +180,20 @@ def test_followers_and_half_requests_neither_delay_the_end_nor_make_noise(run, t
         assert daemon.stopped() == (0, "")
     events.close()
     assert [line for line in daemon.lines if "ERROR" in line or "CRITICAL" in line] == []
+
+
+def test_connections_without_end_leave_the_sensors_their_file_descriptors(run, tmp_path: Path):
+    daemon = run().listening()
+    with contextlib.ExitStack() as stack:
+        for _ in range(CONNECTIONS + 50):
+            leaked = stack.enter_context(socket.socket(socket.AF_UNIX))
+            leaked.connect(str(tmp_path / "run" / "vram.sock"))
+        leaked.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            assert leaked.recv(1) == b""
+    health = eventually(lambda: client.call("GET", "/health"))
+    assert health.status == 200
+    assert daemon.stopped() == (0, "")
 
 
 # Machines that read the log.
@@ -212,8 +215,6 @@ def test_json_lines_come_as_they_happen_and_every_one_parses(run):
     ("name", "value", "allowed"),
     [
         ("VRAM_THRESHOLD", "110", "less than or equal to 100"),
-        ("VRAM_PROFILE", "gaming", "'balanced', 'chat' or 'image'"),
-        ("OLLAMA_URL", "localhost:11434", "http:// or https:// URL"),
         ("VRAM_SOCKET", "/dev/null", "exists and is no socket; choose another path"),
         ("VRAM_SOCKET", "/proc/vram/vram.sock", "choose a writable path"),
     ],
@@ -236,8 +237,9 @@ def test_a_taken_port_is_2_and_leaves_no_socket_behind(run, tmp_path: Path):
     assert not (tmp_path / "run" / "vram.sock").exists()
 
 
-def test_an_unknown_variable_is_a_warning_with_the_nearest_name(run):
-    daemon = run(VRAM_TRESHOLD="80", OLLAMA_KEEP_ALIVE="5m").listening()
+def test_it_begins_with_its_effective_settings_and_a_warning_for_each_name_it_does_not_know(run):
+    daemon = run(VRAM_PROFILE="chat", OLLAMA_URL="", VRAM_TRESHOLD="80", OLLAMA_KEEP_ALIVE="5m").listening()
+    assert "Profile chat: no Ollama and ComfyUI at http://127.0.0.1:" in daemon.line("Profile")
     assert "WARNING VRAM_TRESHOLD is not a setting; did you mean VRAM_THRESHOLD?" in daemon.line("VRAM_TRESHOLD")
     assert daemon.stopped() == (0, "")
     assert not any("OLLAMA_KEEP_ALIVE" in line for line in daemon.lines)

@@ -43,9 +43,9 @@ class Actuator:
             await self._still_right(pending.action)
         except SensorError as error:
             return self._refused(error.why)
-        if memory is None:
+        if memory is None and pending.gpu is not None:
             return self._refused("the GPU cannot be read any more")
-        if pending.demand is not None and memory.free_bytes >= pending.demand.need_free_bytes:
+        if pending.demand is not None and memory is not None and memory.free_bytes >= pending.demand.need_free_bytes:
             return self._refused("room appeared while looking: nothing to do")
         return await self.post(pending.action, memory)
 

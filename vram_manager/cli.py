@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import click
 
@@ -111,7 +112,7 @@ def events(follow: bool, after: str, limit: int, as_json: bool) -> None:
     from vram_manager import client
     from vram_manager.report import event_line
 
-    query = f"?limit={limit}" + (f"&after={after}" if after else "")
+    query = f"?limit={limit}" + (f"&after={quote(after)}" if after else "")
     listed = _get(f"/v1/events{query}")["events"]
     if as_json and not follow:
         _print_json(listed)
@@ -121,7 +122,7 @@ def events(follow: bool, after: str, limit: int, as_json: bool) -> None:
     if follow:
         last = listed[-1]["id"] if listed else after
         try:
-            for event in client.follow(f"/v1/events?after={last}"):
+            for event in client.follow(f"/v1/events?after={quote(last)}"):
                 click.echo(json.dumps(event) if as_json else event_line(event))
         except KeyboardInterrupt:
             pass

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vram_manager.errors import SettingsError
@@ -46,17 +47,22 @@ def _json_object(value: object) -> object:
     return parsed
 
 
-def _port_is_fine(parts: SplitResult) -> bool:
+def _can_be_asked(url: str) -> bool:
     try:
-        return parts.port != 0
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 
 
+def without_secrets(url: str) -> str:
+    """The URL as it may be shown: a name and password in it are not."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
 def _url(value: object) -> object:
     if isinstance(value, str) and (stripped := value.strip().rstrip("/")):
-        parts = urlsplit(stripped)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not _port_is_fine(parts):
+        if not _can_be_asked(stripped):
             raise ValueError("must be an http:// or https:// URL, or empty for none")
         return stripped
     return "" if isinstance(value, str) else value
@@ -70,6 +76,13 @@ def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def _headers(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(r"[\t\x20-\x7e]*", text):
+            raise ValueError(f"the header {name!r} cannot be sent: names and values must be printable ASCII")
+    return value
+
+
 def _body(value: object) -> object:
     body = SOFT_FREE_BODY if isinstance(value, str) and not value.strip() else _json_object(value)
     if isinstance(body, dict) and not any(body.values()):
@@ -78,7 +91,7 @@ def _body(value: object) -> object:
 
 
 Url: TypeAlias = Annotated[str, BeforeValidator(_url)]
-Headers: TypeAlias = Annotated[dict[str, str], NoDecode, BeforeValidator(_json_object)]
+Headers: TypeAlias = Annotated[dict[str, str], NoDecode, BeforeValidator(_json_object), AfterValidator(_headers)]
 Percent: TypeAlias = Annotated[Annotated[float, Field(gt=0, le=100)] | None, BeforeValidator(_percent)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 MaybeSeconds: TypeAlias = Annotated[Seconds | None, BeforeValidator(_blank_is_none)]
@@ -236,8 +249,8 @@ class Settings(_Part):
         """The effective settings as sentences, for the start of the log."""
         policy, rules = self.policy, self.rules()
         where = [
-            f"Ollama at {self.ollama.ollama_url}" if self.ollama.ollama_url else "no Ollama",
-            f"ComfyUI at {self.comfyui.comfyui_url}" if self.comfyui.comfyui_url else "no ComfyUI",
+            f"Ollama at {without_secrets(self.ollama.ollama_url)}" if self.ollama.ollama_url else "no Ollama",
+            f"ComfyUI at {without_secrets(self.comfyui.comfyui_url)}" if self.comfyui.comfyui_url else "no ComfyUI",
         ]
         lines = [
             f"Profile {policy.vram_profile}: {' and '.join(where)}",
@@ -266,6 +279,9 @@ def variables() -> dict[str, Any]:
     return {name.upper(): field for part in PARTS for name, field in part.model_fields.items()}
 
 
+_DRY_RUN_ALIAS = "VRAM_CHECK_DRY_RUN"
+
+
 def load() -> Settings:
     """The settings from the environment. Raises SettingsError with one line per wrong variable."""
     problems: list[str] = []
@@ -285,11 +301,13 @@ def _problem(item: Any) -> str:
     if not item["loc"]:
         return message
     name = str(item["loc"][0]).upper()
+    if name == "VRAM_DRY_RUN" and name not in os.environ and _DRY_RUN_ALIAS in os.environ:
+        name = _DRY_RUN_ALIAS
     inside = "".join(f"[{place!r}]" for place in item["loc"][1:])
     value = os.environ.get(name, os.environ.get(name.lower(), item.get("input")))
     if name.endswith(("_HEADERS", "_TOKEN")):
         value = "(not shown)"
-    return f"{name}={value}{inside and ' ' + inside}: {message[:1].lower()}{message[1:]}"
+    return f"{name}={without_secrets(str(value))}{inside and ' ' + inside}: {message[:1].lower()}{message[1:]}"
 
 
 # Ollama's and ComfyUI's own variables share these prefixes, so only a near miss of ours is worth a word there.
@@ -299,7 +317,7 @@ _SHARED = ("OLLAMA_", "COMFYUI_", "ENABLE_VRAM")
 
 def unknown_names(environment: Mapping[str, str]) -> list[str]:
     """A warning for each variable that looks like one of ours and is none, with the nearest known name."""
-    known = [*variables(), "VRAM_CHECK_DRY_RUN"]
+    known = [*variables(), _DRY_RUN_ALIAS]
     warnings = []
     for name in sorted(environment):
         upper = name.upper()

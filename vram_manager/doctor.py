@@ -107,10 +107,10 @@ def _gpu(gpu: Gpu, driver: str) -> list[Finding]:
 
 
 async def _ollama(settings: Settings) -> list[Finding]:
-    url = settings.ollama.ollama_url
+    url = config.without_secrets(settings.ollama.ollama_url)
     if not url:
         return [Finding("ollama", "note", "OLLAMA_URL is empty: no Ollama here")]
-    server = HttpOllama(JsonClient(url, headers=settings.ollama.ollama_headers, name="ollama"))
+    server = HttpOllama(JsonClient(settings.ollama.ollama_url, headers=settings.ollama.ollama_headers, name="ollama"))
     async with contextlib.aclosing(server):
         try:
             state = await server.models()
@@ -130,10 +130,12 @@ async def _ollama(settings: Settings) -> list[Finding]:
 
 
 async def _comfyui(settings: Settings, gpus: Gpus | None) -> list[Finding]:
-    url = settings.comfyui.comfyui_url
+    url = config.without_secrets(settings.comfyui.comfyui_url)
     if not url:
         return [Finding("comfyui", "note", "COMFYUI_URL is empty: no ComfyUI here")]
-    server = HttpComfyUI(JsonClient(url, headers=settings.comfyui.comfyui_headers, name="comfyui"))
+    server = HttpComfyUI(
+        JsonClient(settings.comfyui.comfyui_url, headers=settings.comfyui.comfyui_headers, name="comfyui")
+    )
     async with contextlib.aclosing(server):
         try:
             state = await server.stats()

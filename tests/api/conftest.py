@@ -15,7 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.fakes import Card, FakeComfyUI, FakeGpus, FakeOllama
+from tests.fakes import Card, FakeComfyUI, FakeGpus, FakeOllama, Flight
 from vram_manager import config
 from vram_manager.clock import Clock
 from vram_manager.daemon import Daemon, build
@@ -52,7 +52,7 @@ class Served:
 
     async def turned(self) -> None:
         """A first look has been had."""
-        while self.daemon.cycle.snapshot is None:
+        while self.daemon.cycle.snapshot is None:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.001)
 
     async def got(self, path: str, true: Callable[[Any], object]) -> httpx.Response:
@@ -108,7 +108,9 @@ def serve(environment: Callable[..., None], tmp_path: Path) -> Callable[..., Any
         """A daemon that answers inside the block; its cycle turns only while `working`."""
         environment(**more)
         daemon = Served(tmp_path / "state")
+        flight = Flight()
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(flight.end)
             stack.callback(daemon.daemon.journal.close)
             stack.push_async_callback(daemon.http.aclose)
             await stack.enter_async_context(daemon.daemon.listening())
@@ -118,6 +120,7 @@ def serve(environment: Callable[..., None], tmp_path: Path) -> Callable[..., Any
                 stack.callback(work.cancel)
                 await daemon.turned()
             yield daemon
+            flight.begin()
 
     return served
 

@@ -132,7 +132,7 @@ async def test_a_reader_who_leaves_is_forgotten(served: Served):
     async with stream(served):
         assert len(served.daemon.journal._listeners) == listening + 1
     async with asyncio.timeout(20):
-        while len(served.daemon.journal._listeners) > listening:
+        while len(served.daemon.journal._listeners) > listening:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.001)
 
 

@@ -169,7 +169,7 @@ class Daemon:
         self.turns: list[tuple[Snapshot, Decision]] = []
         self._lost_flags = iter(lost_flags)
         self._readings: dict[str, Seen[object] | Missing] = {}
-        self._next_turn = 0.0
+        self._next_turn = world.now
         self._released_before = 0.0
 
     def live(self, seconds: float) -> None:

@@ -84,9 +84,7 @@ values = {
         models=st.lists(models, max_size=3).map(tuple),
         active_at=st.one_of(st.none(), moments),
     ),
-    "comfyui": st.builds(
-        ComfyUIState, version=versions, argv=words, devices=st.lists(devices, max_size=2).map(tuple)
-    ),
+    "comfyui": st.builds(ComfyUIState, version=versions, argv=words, devices=st.lists(devices, max_size=2).map(tuple)),
     "queue": st.builds(
         Queue, remaining=st.sampled_from([0, 0, 0, 1, 99]), since=moments, moved_at=moments, runs=st.integers(0, 3)
     ),
@@ -117,7 +115,7 @@ rules = st.builds(
     dry_run=st.sampled_from([False, False, True]),
 )
 actions = st.sampled_from([SOFT, UNLOAD, UnloadModel(model="a")])
-calm = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+calm = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def drive(policy: Policy, seen: list[Snapshot], data: st.DataObject) -> list[tuple[Snapshot, Decision]]:

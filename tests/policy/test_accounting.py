@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.policy.worlds import (
     CLASSIC,
     DYNAMIC,
     GIB,
+    UNLOAD,
     Policy,
     comfyui,
     device,
@@ -24,7 +27,7 @@ from tests.policy.worlds import (
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import EventType
 from vram_manager.domain.reading import Missing, Off
-from vram_manager.domain.snapshot import ComfyUIState, Gpu, Snapshot
+from vram_manager.domain.snapshot import ComfyUIState, Gpu, OllamaState, Snapshot
 from vram_manager.domain.watch import Lesson
 from vram_manager.policy import Rules
 from vram_manager.policy.accounting import (
@@ -58,6 +61,7 @@ UNKNOWN = "several GPUs and no way to tell which one is ComfyUI's; set COMFYUI_G
     ("cards", "stats", "rules", "expected"),
     [
         pytest.param((gpu(),), comfyui(), {}, "GPU-a", id="the only one"),
+        pytest.param((gpu(name="Tesla T4"),), comfyui(), {}, "GPU-a", id="the only one, by whatever name"),
         pytest.param((gpu(), second()), comfyui(), {"comfyui_gpu": "1"}, "GPU-b", id="by index"),
         pytest.param((gpu(), second()), comfyui(), {"comfyui_gpu": "GPU-b"}, "GPU-b", id="by UUID"),
         pytest.param(
@@ -79,10 +83,9 @@ UNKNOWN = "several GPUs and no way to tell which one is ComfyUI's; set COMFYUI_G
             "GPU-b",
             id="a Ti is not the card whose name its own begins with",
         ),
-        pytest.param(
-            (gpu(name=TI), second()), comfyui(), {}, "GPU-b", id="nor is that card the Ti"
-        ),
-        pytest.param((gpu(free_gib=4), second(free_gib=20)), comfyui(free_gib=20.2), {}, "GPU-b", id="by free memory"),
+        pytest.param((gpu(name=TI), second()), comfyui(), {}, "GPU-b", id="nor is that card the Ti"),
+        pytest.param((gpu(free_gib=4), second(free_gib=20)), comfyui(free_gib=20.25), {}, "GPU-b", id="by free memory"),
+        pytest.param((gpu(free_gib=4), second(free_gib=20)), comfyui(free_gib=20.3), {}, UNKNOWN, id="by neither's"),
         pytest.param((gpu(), second()), comfyui(), {}, UNKNOWN, id="twins at rest"),
         pytest.param(
             (gpu(free_gib=Missing("lost")), second(free_gib=4)), comfyui(free_gib=20), {}, UNKNOWN, id="neither fits"
@@ -155,11 +158,11 @@ def hold(
     stats: ComfyUIState,
     *,
     lesson: Lesson | None = None,
-    loaded=ollama(),
+    loaded: OllamaState | Missing | None = None,
     stage: Stage = Stage.SOFT,
     processes=(),
 ) -> Hold:
-    seen = snapshot(0, gpu(free_gib=24 - used_gib, processes=processes), ollama=loaded, comfyui=stats)
+    seen = snapshot(0, gpu(free_gib=24 - used_gib, processes=processes), ollama=loaded or ollama(), comfyui=stats)
     cards = gpus_seen(seen)
     assert not isinstance(cards, Missing)
     return comfyui_hold(seen, stats, cards, cards.gpus[0], lesson, stage, Rules())
@@ -192,7 +195,9 @@ def hidden(*argv: str, torch_gib: float = 1.0) -> ComfyUIState:
     [
         pytest.param(hold(20, comfyui(torch_gib=6)), 6, Certainty.MEASURED, id="without DynamicVRAM: torch's number"),
         pytest.param(hold(20, hidden()), 19, Certainty.PERHAPS, id="with it: what nobody accounts for, but 1 GiB"),
-        pytest.param(hold(20, hidden(), loaded=ollama(model())), 11, Certainty.PERHAPS, id="Ollama accounts for its own"),
+        pytest.param(
+            hold(20, hidden(), loaded=ollama(model())), 11, Certainty.PERHAPS, id="Ollama accounts for its own"
+        ),
         pytest.param(hold(2.2, hidden()), 1, Certainty.MEASURED, id="a context and a desktop are not worth a free"),
         pytest.param(hold(20, hidden(), lesson=taught(9)), 11, Certainty.LEARNED, id="the floor of an earlier free"),
         pytest.param(
@@ -230,7 +235,9 @@ def test_with_several_gpus_hidden_weights_get_their_fair_test_though_ollama_does
     [
         pytest.param(20, process(12.5, "python", *ARGV), 12, id="what it uses, without its context"),
         pytest.param(20, process(0.2, "python", *ARGV), 1, id="never less than torch's number"),
-        pytest.param(6, process(12.5, "python", *ARGV), 6, id="never more than is used: the list is older than the GPU"),
+        pytest.param(
+            6, process(12.5, "python", *ARGV), 6, id="never more than is used: the list is older than the GPU"
+        ),
     ],
 )
 def test_the_memory_of_its_process_is_used_where_it_is_visible(used_gib: float, own, held_gib: float) -> None:
@@ -392,6 +399,19 @@ def test_a_floor_is_not_learned_while_ollama_is_unread() -> None:
     policy.look(shadow(10, 4, loaded=Missing("timed out")))
     assert policy.watch.lesson is not None
     assert policy.watch.lesson.floors == {}
+
+
+def test_each_stage_keeps_the_floor_it_taught() -> None:
+    policy = Policy(QUICK)
+    after_the_test(policy, free_gib=6)
+    policy.watch = replace(policy.watch, posted_at={})
+    policy.wish(UNLOAD, shadow(50, 6), force=True)
+    policy.post()
+    policy.look(shadow(60, 7))
+    assert policy.watch.lesson is not None
+    assert policy.watch.lesson.floors == {Stage.SOFT: 17 * GIB, Stage.UNLOAD: 17 * GIB}
+    policy.look(shadow(70, 5))
+    assert policy.watch.lesson.stages == {Stage.SOFT, Stage.UNLOAD}
 
 
 def test_a_remembered_floor_outlives_looks_without_comfyui() -> None:

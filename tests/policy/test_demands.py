@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.policy.worlds import (
+    CALM,
     CHAT,
     GIB,
     MIB,
@@ -32,8 +33,6 @@ from vram_manager.policy import Rules
 from vram_manager.policy.demands import missing_bytes, placement
 
 BUSY = queue(1, since=0)
-# No pressure, however long memory is short.
-CALM = Rules(grace_seconds=1e9, empty_room_grace_seconds=1e9)
 
 
 def only(policy: Policy) -> Demand:
@@ -79,6 +78,7 @@ def test_an_ollama_that_could_not_be_read_for_a_while_brings_no_news() -> None:
     [
         pytest.param(model(), "100 % GPU", id="all on the GPU"),
         pytest.param(model(gpu_gib=0), "100 % CPU", id="none on the GPU"),
+        pytest.param(model(gpu_gib=0.08), "99 % CPU", id="almost none on the GPU"),
         pytest.param(model(gpu_gib=5), "38 % CPU", id="split"),
         pytest.param(model(gpu_gib=7.9), "1 % CPU", id="a little on the CPU"),
         pytest.param(model(gpu_gib=7.95), "100 % GPU", id="rounding in Ollama's sums"),
@@ -158,7 +158,8 @@ def test_a_demand_survives_being_busy_for_any_length() -> None:
 def test_a_demand_outlives_its_model_by_a_minute(left_for: float, acts: bool) -> None:
     policy = Policy(CALM)
     policy.look(fallen(0, queue=BUSY))
-    gone = snapshot(left_for, gpu(free_gib=1), comfyui=comfyui(torch_gib=16))
+    other = ollama(model("qwen3:4b", size_gib=3))
+    gone = snapshot(left_for, gpu(free_gib=1), ollama=other, comfyui=comfyui(torch_gib=16))
     assert (policy.acts(gone) == SOFT) is acts
 
 
@@ -239,6 +240,14 @@ def test_a_placement_whose_room_was_taken_by_somebody_else_is_not_freed_for_agai
     freed_for(policy, at=0, left_gib=2)
     for at in range(100, 700, 20):
         assert policy.acts(fallen(at, queue=queue(since=at - 10, runs=at))) is None
+
+
+def test_a_placement_for_which_nothing_came_back_is_tried_again_after_the_next_run() -> None:
+    policy = Policy(CALM)
+    for at in (0, 3, 10, 13, 20):
+        policy.acts(fallen(at))
+    assert policy.watch.answered == frozenset()
+    assert policy.acts(fallen(100, queue=queue(since=90, runs=2))) == SOFT
 
 
 def test_a_new_placement_of_an_answered_model_is_a_new_demand() -> None:

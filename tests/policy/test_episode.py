@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.policy.worlds import (
+    CALM,
     CARD,
     CHAT,
     DYNAMIC,
@@ -31,8 +32,6 @@ from vram_manager.domain.snapshot import Snapshot
 from vram_manager.policy import Rules
 
 QUICK = Rules(grace_seconds=5)
-# No pressure, however long memory is short.
-CALM = Rules(grace_seconds=1e9, empty_room_grace_seconds=1e9)
 
 
 def under_pressure(rules: Rules = QUICK) -> Policy:
@@ -74,7 +73,7 @@ def test_the_unload_stage_is_asked_of_a_demand_that_is_still_unmet() -> None:
     ("free_gib", "escalates"),
     [
         pytest.param(3.5, True, id="85.4 % used"),
-        pytest.param(3.61, False, id="85 % used"),
+        pytest.param(3.61, False, id="just under 85 % used"),
         pytest.param(5.0, False, id="79 % used, still under pressure"),
     ],
 )
@@ -83,6 +82,12 @@ def test_pressure_between_the_two_thresholds_leaves_the_node_cache_alone(free_gi
     turns = [crowded(at, free_gib=free_gib, torch_gib=9 - free_gib) for at in (6, 9, 10, 60)]
     assert (UNLOAD in then(policy, *turns)) is escalates
     assert policy.watch.pressure[CARD].began
+
+
+def test_exactly_at_the_unload_threshold_is_not_over_it() -> None:
+    policy = under_pressure()
+    at_85 = [replace(crowded(at), gpus=snapshot(at, gpu(free_gib=3, total_gib=20)).gpus) for at in (6, 9, 10)]
+    assert then(policy, *at_85) == [None] * 3
 
 
 def test_an_unconfirmed_soft_free_of_measured_memory_is_followed_by_the_unload_stage() -> None:
@@ -219,6 +224,24 @@ def dynamic(at: float, free_gib: float, *, chat=None, runs: int = 1) -> Snapshot
         comfyui=comfyui(version=DYNAMIC, torch_gib=0.1),
         queue=queue(since=at - 5, runs=runs),
     )
+
+
+def test_each_run_of_comfyui_gets_both_stages_again() -> None:
+    policy = under_pressure()
+    then(policy, *(crowded(at, free_gib=2, torch_gib=7) for at in (6, 9, 12, 19)))
+    again = [crowded(at, queue=queue(since=20, runs=2)) for at in (60, 63, 70)]
+    assert then(policy, *again) == [SOFT, SOFT, UNLOAD]
+
+
+def test_an_episode_that_freed_something_in_its_first_stage_answers_its_fallback() -> None:
+    policy = Policy(CALM)
+    left = {"free_gib": 2.0, "torch_gib": 15.0}
+    assert then(policy, fallen(0), fallen(1, **left), fallen(4, **left)) == [SOFT, None, UNLOAD]
+    then(policy, fallen(7, **left))
+    decision = policy.look(fallen(14, **left))
+    assert stages(policy) == [Stage.SOFT, Stage.UNLOAD]
+    assert decision.branch == "3 nobody"
+    assert then(policy, *(fallen(at, queue=queue(since=at - 9, runs=at)) for at in range(100, 500, 40))) == [None] * 10
 
 
 def test_what_stayed_after_a_soft_free_is_not_guessed_to_be_comfyuis_once_more() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.policy.worlds import CHAT, SOFT, Policy, crowded, fallen, queue
+from tests.policy.worlds import CALM, CHAT, SOFT, Policy, crowded, fallen, queue
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import EventType
 from vram_manager.domain.snapshot import Snapshot
@@ -83,6 +83,11 @@ def test_a_guard_holds_the_free_and_says_why_and_until_when(
     assert decision.look_again_seconds == again
 
 
+def test_a_budget_of_nothing_frees_nothing() -> None:
+    decision = Policy(Rules(max_frees_per_hour=0)).look(fallen(0))
+    assert (decision.branch, decision.look_again_seconds) == ("5 budget", None)
+
+
 @pytest.mark.parametrize(
     ("watch", "seen"),
     [
@@ -94,7 +99,7 @@ def test_a_guard_holds_the_free_and_says_why_and_until_when(
     ],
 )
 def test_what_a_guard_lets_through(watch: Watch, seen: Snapshot) -> None:
-    assert Policy(Rules(grace_seconds=1e9, empty_room_grace_seconds=1e9), watch).look(seen).action == SOFT
+    assert Policy(CALM, watch).look(seen).action == SOFT
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.policy.worlds import (
+    CALM,
     CHAT,
+    DYNAMIC,
     SOFT,
     UNLOAD,
     Policy,
@@ -15,10 +19,12 @@ from tests.policy.worlds import (
     gpus,
     model,
     ollama,
+    queue,
     second,
     snapshot,
 )
 from vram_manager.domain.event import EventType
+from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import ComfyUIState
 from vram_manager.policy import Rules
 
@@ -80,6 +86,18 @@ def test_comfyui_is_not_freed_for_a_model_that_would_not_fit_even_then(
         assert decision.reason.endswith(
             "would not fit even after a free: needs 3.0 GiB free, 1.0 GiB are and ComfyUI holds 1.9 GiB (measured)"
         )
+
+
+@pytest.mark.parametrize("torch_gib", [0.1, 0.9], ids=["too little", "would not fit"])
+def test_weights_that_may_hide_are_said_to_be_unknown_not_to_be_none(torch_gib: float) -> None:
+    policy = Policy(CALM)
+    hiding = {"comfyui": Seen(comfyui(torch_gib=torch_gib, version=DYNAMIC), 10)}
+    policy.look(fallen(0, queue=queue(1, since=0)))
+    decision = policy.look(replace(fallen(10, queue=queue(since=5)), **hiding, ollama=Missing("refused", "start it")))
+    assert (decision.branch, decision.action) == ("4 unseen", None)
+    assert decision.reason.endswith(
+        f"what ComfyUI holds beyond {torch_gib} GiB cannot be told: Ollama cannot be read: refused (start it)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vram_manager.domain.action import FreeComfyUI, UnloadModel
 from vram_manager.domain.demand import Kind
 from vram_manager.domain.event import EventType
 from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.snapshot import Queue
 from vram_manager.policy import Rules
 from vram_manager.policy.accounting import gpus_seen
 from vram_manager.policy.plan import Target, comfyui_target
@@ -32,7 +33,7 @@ RULES = Rules(
 )
 ENDS = (EventType.FREED, EventType.FREE_UNCONFIRMED)
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 sizes = st.sampled_from([0.5, 2.0, 4.0, 8.0, 12.0, 20.0])
 names = st.sampled_from(["a", "b"])
 
@@ -91,7 +92,9 @@ def days(*kinds: st.SearchStrategy[Act]) -> st.SearchStrategy[list[tuple[float, 
     return st.lists(st.tuples(pauses, st.one_of(*kinds)), min_size=1, max_size=14)
 
 
-def spend(day: list[tuple[float, Act]], world: World, rules: Rules = RULES, lost_flags: tuple[bool, ...] = ()) -> Daemon:
+def spend(
+    day: list[tuple[float, Act]], world: World, rules: Rules = RULES, lost_flags: tuple[bool, ...] = ()
+) -> Daemon:
     """A day of theirs, and half a minute after it."""
     daemon = Daemon(world, rules, lost_flags)
     daemon.live(1)
@@ -214,6 +217,20 @@ def test_told_numbers_stay_within_their_bounds(day, world, lost) -> None:
         assert decision.look_again_seconds is None or decision.look_again_seconds > 0
         assert all(demand.need_free_bytes >= 0 for demand in decision.watch.demands.values())
         assert decision.watch.fill_rate_bytes_per_second >= 0
+
+
+# -- time
+
+
+@few
+@given(day=days(traffic, trouble, wished), dynamic=st.booleans(), lost=flags, offset=st.sampled_from([-500.0, 86400.0]))
+def test_it_does_not_matter_what_time_it_is(day, dynamic, lost, offset) -> None:
+    def lived(begin: float) -> list[tuple[float, str, str]]:
+        world = World(dynamic=dynamic, now=begin, queue=Queue.first(0, begin))
+        daemon = spend(day, world, lost_flags=lost)
+        return [(seen.taken_at - begin, decision.branch, decision.reason) for seen, decision in daemon.turns]
+
+    assert lived(0.0) == lived(offset)
 
 
 # -- no trigger is lost

@@ -204,15 +204,19 @@ def claims(at: float, claimed_gib: float, nvml=None):
 @pytest.mark.parametrize(
     ("seen", "words"),
     [
-        pytest.param(claims, "Ollama claims 5.0 GiB on the GPU, NVML counts 4.0 GiB used in all", id="too much claimed"),
         pytest.param(
-            lambda at, claimed: claims(at, claimed, LOST), "Ollama claims 5.0 GiB on the GPU while NVML is gone", id="lost"
+            claims, "Ollama claims 5.0 GiB on the GPU, NVML counts 4.0 GiB used in all", id="too much claimed"
+        ),
+        pytest.param(
+            lambda at, claimed: claims(at, claimed, LOST),
+            "Ollama claims 5.0 GiB on the GPU while NVML is gone",
+            id="lost",
         ),
     ],
 )
 def test_a_contradiction_that_lasts_is_told_once(seen, words: str) -> None:
     policy = Policy()
-    for at in range(0, 15):
+    for at in range(15):
         policy.look(seen(at, 5))
     assert policy.of(EventType.READINGS_DISAGREE) == []
     for at in range(15, 100):
@@ -289,7 +293,7 @@ def working(at: float, *, utilization=0, remaining: int = 1, moved_at: float = 0
 def test_a_queue_that_never_moves_while_the_gpu_is_idle_is_told_once_as_a_dead_worker() -> None:
     policy = Policy()
     for at in range(0, 595, 5):
-        policy.look(working(at))
+        policy.look(working(at, utilization=4))
     assert policy.of(EventType.WORKER_DEAD) == []
     for at in range(600, 1200, 5):
         policy.look(working(at))
@@ -302,7 +306,7 @@ def test_a_queue_that_never_moves_while_the_gpu_is_idle_is_told_once_as_a_dead_w
 @pytest.mark.parametrize(
     "sign",
     [
-        pytest.param(lambda at: working(at, utilization=100 if at % 300 == 0 else 0), id="the GPU works now and then"),
+        pytest.param(lambda at: working(at, utilization=5 if at % 300 == 0 else 4), id="the GPU works now and then"),
         pytest.param(lambda at: working(at, moved_at=at - at % 300), id="the queue moves"),
         pytest.param(lambda at: working(at, remaining=0), id="the queue is empty"),
         pytest.param(lambda at: working(at, utilization=Missing("not supported")), id="utilization unknown"),

@@ -162,11 +162,14 @@ def test_what_still_grows_at_the_timeout_is_told_as_freed() -> None:
     assert outcome(policy) == (EventType.FREED, 15.0)
 
 
-def test_readings_older_than_the_ask_prove_nothing() -> None:
+@pytest.mark.parametrize("read_at", [-0.5, 0.0], ids=["before it", "as it went out"])
+def test_readings_older_than_the_ask_prove_nothing(read_at: float) -> None:
     policy = asked_at_zero()
     for at in (1.0, 2.0, 9.9):
-        policy.look(stale(fallen(at, free_gib=17.0, torch_gib=0), gpus_at=0.0, comfyui_at=-0.5))
+        policy.look(stale(fallen(at, free_gib=17.0, torch_gib=0), gpus_at=read_at, comfyui_at=read_at))
     assert outcome(policy) is None
+    policy.look(fallen(10, free_gib=1, torch_gib=16))
+    assert outcome(policy) == (EventType.FREE_UNCONFIRMED, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_nothing_is_posted_again_once_some_memory_came_back() -> None:
         pytest.param(fallen(4, queue=queue(1, since=1, runs=2)), id="a prompt runs"),
         pytest.param(fallen(4, queue=queue(since=3.9, runs=2)), id="a prompt has just ended: its flag acted with it"),
         pytest.param(fallen(4, queue=Missing("timed out")), id="the queue cannot be read"),
-        pytest.param(fallen(4, queue=Seen(queue(), -0.5)), id="the queue was last read before the post"),
+        pytest.param(fallen(4, queue=Seen(queue(), 0.0)), id="the queue was last read before the post"),
         pytest.param(
             snapshot(4, gpus(gpu(free_gib=Missing("lost"))), comfyui=comfyui(devices=())), id="the GPU cannot be read"
         ),
@@ -370,7 +373,7 @@ def test_an_unload_is_not_proven_by_free_memory_while_the_model_is_still_listed(
 
 @pytest.mark.parametrize(
     "unread",
-    [Missing("timed out"), Off(), Seen(ollama(), -1.0)],
+    [Missing("timed out"), Off(), Seen(ollama(), 0.0)],
     ids=["missing", "off", "read before the ask"],
 )
 def test_an_ollama_that_was_not_read_since_proves_nothing(unread) -> None:

@@ -39,6 +39,8 @@ UNLOAD = FreeComfyUI(stage=Stage.UNLOAD)
 CHAT = "llama3.1:8b"
 DYNAMIC = "0.33.0"
 CLASSIC = "0.3.64"
+# No pressure, however long memory is short.
+CALM = Rules(grace_seconds=1e9, empty_room_grace_seconds=1e9)
 
 
 def gib(size: float) -> int:
@@ -65,7 +67,9 @@ def gpu(
         memory = free_gib
     else:
         free = gib(free_gib)
-        memory = GpuMemory(total_bytes=gib(total_gib), used_bytes=gib(total_gib) - free, free_bytes=free, reserved_bytes=0)
+        memory = GpuMemory(
+            total_bytes=gib(total_gib), used_bytes=gib(total_gib) - free, free_bytes=free, reserved_bytes=0
+        )
     return Gpu(uuid=uuid, index=index, name=name, memory=memory, utilization_percent=utilization, processes=processes)
 
 
@@ -231,5 +235,3 @@ class Policy:
 
     def of(self, kind: EventType) -> list[Event]:
         return [event for event in self.told if event.type is kind]
-
-

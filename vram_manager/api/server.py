@@ -20,10 +20,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from vram_manager.errors import AlreadyRunning, SettingsError
 
 SOCKET_MODE = 0o660
+# asyncio tries so many accepts in a row, and says so for each, when no descriptor is left.
+BACKLOG = 256
 # Others stop at 64 KiB; ours is larger than what one read may bring of a body that follows at once (256 KiB).
 HEAD_BYTES = 1 << 19
 # Every open connection is a file descriptor that a sensor cannot have.
 HEAD_SECONDS = 30.0
+# Half of what a process may usually open.
+CONNECTIONS = 512
 
 
 class _Told(logging.Handler):
@@ -45,6 +49,8 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
         self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -140,7 +146,7 @@ def _bound(path: Path) -> socket.socket:
     try:
         listener.bind(str(path))
         path.chmod(SOCKET_MODE)
-        listener.listen(256)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -166,6 +172,7 @@ async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None
         access_log=False,
         lifespan="off",
         ws="none",
+        backlog=BACKLOG,
         http=_Protocol,
         date_header=False,
         server_header=False,

@@ -90,7 +90,7 @@ def _gpus(snapshot: Snapshot) -> tuple[Gpu, ...]:
     return snapshot.gpus.value.gpus if isinstance(snapshot.gpus, Seen) else ()
 
 
-_NOTHING_SEEN = {
+_NOTHING_SEEN: dict[str, Any] = {
     "taken_at": None,
     "age_seconds": None,
     "gpus": [],

@@ -65,8 +65,6 @@ class Episode:
     demand: Demand
     gpu: str | None
     runs: int
-    stage_done: Stage
-    settled_at: float
     freed_bytes: int
 
 

@@ -33,12 +33,16 @@ class Certainty(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """What ComfyUI holds on its GPU. `unaccounted_bytes` is used memory that nobody reports (None: unknown)."""
+    """What ComfyUI holds on its GPU. `unaccounted_bytes` is used memory that nobody reports (None: unknown).
+
+    `unseen` is why ComfyUI may well hold more than `bytes`.
+    """
 
     bytes: int
     certainty: Certainty
     torch_bytes: int
     unaccounted_bytes: int | None
+    unseen: Missing | None = None
 
     @property
     def expected_bytes(self) -> int | None:
@@ -191,9 +195,14 @@ def comfyui_hold(
             own = min(own, torch_bytes + unaccounted)
         own = max(torch_bytes, own)
         return Hold(bytes=own, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted)
-    if not weights_may_hide(comfyui) or unaccounted is None:
+    hides = weights_may_hide(comfyui)
+    if not hides or unaccounted is None:
         return Hold(
-            bytes=torch_bytes, certainty=Certainty.MEASURED, torch_bytes=torch_bytes, unaccounted_bytes=unaccounted
+            bytes=torch_bytes,
+            certainty=Certainty.MEASURED,
+            torch_bytes=torch_bytes,
+            unaccounted_bytes=unaccounted,
+            unseen=held_by_ollama if hides and isinstance(held_by_ollama, Missing) else None,
         )
     floors: Mapping[Stage, int] = lesson.floors if lesson else {}
     # The soft stage lets every hidden weight go: what stayed after it is no guess for the unload stage.

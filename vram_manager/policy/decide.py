@@ -28,7 +28,16 @@ from vram_manager.policy.accounting import gpus_read_at, gpus_seen, named
 from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, gib, met, notice
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.inputs import inputs_of
-from vram_manager.policy.plan import Proposal, Target, comfyui_target, first_stage, harder, plan, why_not_now, would_not_fit
+from vram_manager.policy.plan import (
+    Proposal,
+    Target,
+    comfyui_target,
+    first_stage,
+    harder,
+    plan,
+    why_not_now,
+    would_not_fit,
+)
 from vram_manager.policy.pressure import limit_bytes, pressures
 from vram_manager.policy.rules import Rules
 from vram_manager.policy.settle import Repost, Settled, Waiting, settle
@@ -140,7 +149,7 @@ def _escalate(episode: Episode, snapshot: Snapshot, watch: Watch, gpus: Gpus, ru
     if over:
         room_bytes = limit_bytes(target.memory, rules.unload_threshold_percent)
         demand = replace(demand, need_free_bytes=max(demand.need_free_bytes, room_bytes))
-    proposal = harder(snapshot, target, watch.lesson, rules) if episode.stage_done is Stage.SOFT else None
+    proposal = harder(snapshot, target, watch.lesson, rules)
     if proposal is not None and not over and would_not_fit(demand, proposal):
         proposal = None
     if proposal is None:
@@ -232,8 +241,6 @@ def _conclude(
         demand=pending.demand,
         gpu=pending.gpu,
         runs=lesson.runs,
-        stage_done=stage,
-        settled_at=snapshot.taken_at,
         freed_bytes=earlier + settled.freed_bytes,
     )
     return replace(watch, episode=episode), event
@@ -323,7 +330,7 @@ def decide_manual(snapshot: Snapshot, watch: Watch, wish: ManualFree, rules: Rul
                 return no(late.why)
             if action.stage is not Stage.UNLOAD and first_stage(target.comfyui) is Stage.UNLOAD:
                 return no("a soft free gives nothing back under --highvram or --gpu-only: ask for the unload stage")
-            if held_bytes.bytes < rules.min_reclaim_bytes:
+            if held_bytes.bytes < rules.min_reclaim_bytes and held_bytes.unseen is None:
                 return no(f"ComfyUI holds {gib(held_bytes.bytes)}: nothing worth freeing")
         elif late := guards.spacing(action.target, watch.posted_at, rules.post_spacing_seconds, now, "spacing"):
             return no(late.why)

@@ -79,10 +79,16 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
     held = target.held(snapshot, watch.lesson, stage, rules)
     if nothing_new(held, watch.lesson, target.queue, stage, rules):
         return Hold(branch="4 unreclaimable", why="ComfyUI has not run since it was last freed: nothing more to give")
-    if held.bytes < rules.min_reclaim_bytes:
-        return Hold(branch="4 nothing held", why=f"ComfyUI holds {gib(held.bytes)}: not worth a free")
     proposal = Proposal(action=FreeComfyUI(stage=stage), target=target, held=held)
-    if demand.kind is Kind.FALLBACK and would_not_fit(demand, proposal):
+    too_little = held.bytes < rules.min_reclaim_bytes
+    vain = demand.kind is Kind.FALLBACK and would_not_fit(demand, proposal)
+    if held.unseen is not None and (too_little or vain):
+        remedy = f" ({held.unseen.remedy})" if held.unseen.remedy else ""
+        why = f"what ComfyUI holds beyond {gib(held.bytes)} cannot be told: Ollama cannot be read: {held.unseen.why}"
+        return Hold(branch="4 unseen", why=f"{why}{remedy}")
+    if too_little:
+        return Hold(branch="4 nothing held", why=f"ComfyUI holds {gib(held.bytes)}: not worth a free")
+    if vain:
         return Hold(
             branch="4 would not fit",
             why=f"would not fit even after a free: needs {gib(demand.need_free_bytes)} free, "
