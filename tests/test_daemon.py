@@ -99,6 +99,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> Iter
     def start(**more: str) -> Process:
         ours = ("VRAM_", "OLLAMA_", "COMFYUI_", "GATEWAY_", "ENABLE_VRAM")
         bare = {name: value for name, value in os.environ.items() if not name.upper().startswith(ours)}
+        bare.pop("PYTHONUNBUFFERED", None)
         nobody = f"http://127.0.0.1:{free_port}"
         settings = {
             "VRAM_SOCKET": str(tmp_path / "run" / "vram.sock"),
@@ -170,13 +171,17 @@ def test_followers_and_half_requests_neither_delay_the_end_nor_make_noise(run, t
     daemon = run().listening()
     events = client.follow("/v1/events?after=1")
     next(events)
-    with socket.socket(socket.AF_UNIX) as half:
-        half.connect(str(tmp_path / "run" / "vram.sock"))
-        half.sendall(b"GET /health HTTP/1.1\r\nHo")
-        with socket.socket(socket.AF_UNIX) as malformed:
-            malformed.connect(str(tmp_path / "run" / "vram.sock"))
-            malformed.sendall(b"\x00\r\n\r\n")
-            assert malformed.recv(100).startswith(b"HTTP/1.1 400")
+    with contextlib.ExitStack() as stack:
+
+        def say(words: bytes) -> socket.socket:
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(str(tmp_path / "run" / "vram.sock"))
+            connection.sendall(words)
+            return connection
+
+        say(b"GET /health HTTP/1.1\r\nHo")
+        say(b"POST /v1/free HTTP/1.1\r\nHost: vram\r\nContent-Length: 10\r\n\r\n{")
+        assert say(b"\x00\r\n\r\n").recv(100).startswith(b"HTTP/1.1 400")
         assert daemon.stopped() == (0, "")
     events.close()
     assert [line for line in daemon.lines if "ERROR" in line or "CRITICAL" in line] == []

@@ -573,6 +573,7 @@ def test_json_lines_that_are_no_event_parse_too(stream: StringIO):
     said = json.loads(line)
     assert "event" not in said
     assert "a bug" in said["error"]
+    assert "raise ValueError(" in said["traceback"]
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC
@@ -136,6 +137,7 @@ def _as_json_line(message: Any) -> str:
         body["event"] = event
     if (problem := record["exception"]) is not None:
         body["error"] = repr(problem.value)
+        body["traceback"] = "".join(traceback.format_exception(*problem))
     return json.dumps(body) + "\n"
 
 

@@ -158,7 +158,7 @@ def test_a_directory_that_may_not_be_entered_is_a_wrong_setting_and_no_crash(for
         unix_socket(foreign / "vram.sock")
 
 
-@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 8000), ("no.such.host.invalid", 8000)])
+@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 8000), ("no..host", 8000)])
 def test_an_address_that_cannot_be_had_is_a_wrong_setting(host: str, port: int):
     with pytest.raises(SettingsError, match=f"^VRAM_HTTP_HOST={host} VRAM_HTTP_PORT={port}: cannot be listened on "):
         tcp_socket(host, port)

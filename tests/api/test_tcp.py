@@ -124,6 +124,15 @@ def test_the_socket_needs_no_token(tmp_path_factory: pytest.TempPathFactory):
         assert running.unix.post("/v1/free", json={}).status_code == 202
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 on loopback")
 def test_it_listens_on_ipv6_when_it_is_told_so(tmp_path_factory: pytest.TempPathFactory):
     with on_tcp(tmp_path_factory, host="::1") as running:
         assert running.tcp.get("/health").status_code == 200

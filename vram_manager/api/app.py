@@ -22,7 +22,7 @@ from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
 from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
 from vram_manager.domain.decision import ManualFree
-from vram_manager.journal import Journal, as_json
+from vram_manager.journal import Entry, Journal, as_json
 from vram_manager.observer import Observer
 
 MAX_BODY_BYTES = 1 << 20
@@ -147,10 +147,9 @@ class _Routes:
     async def _follow(self, after: int | None) -> AsyncIterator[str]:
         journal = self._parts.journal
         async with journal.following() as queue:
-            past = [] if after is None else journal.events(after)
-            for entry in past:
-                yield f"id: {entry.id}\ndata: {json.dumps(as_json(entry))}\n\n"
-            told = past[-1].seq if past else 0
+            # Taken at the moment from which the queue has everything: nothing is missed, nothing comes twice.
+            for entry in [] if after is None else journal.events(after):
+                yield _message(entry)
             while True:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_SECONDS):
@@ -160,8 +159,7 @@ class _Routes:
                     continue
                 if newer is None:
                     return
-                if newer.seq > told:
-                    yield f"id: {newer.id}\ndata: {json.dumps(as_json(newer))}\n\n"
+                yield _message(newer)
 
     async def free(self, request: Request) -> Response:
         body = await _json_body(request)
@@ -176,6 +174,10 @@ class _Routes:
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(DOCUMENT)
+
+
+def _message(entry: Entry) -> str:
+    return f"id: {entry.id}\ndata: {json.dumps(as_json(entry))}\n\n"
 
 
 def _wish(body: dict[str, Any]) -> tuple[Action, bool]:

@@ -157,7 +157,7 @@ def tcp_socket(host: str, port: int) -> socket.socket:
     """A bound TCP socket. Raises SettingsError naming the variables when the address cannot be had."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise SettingsError(f"VRAM_HTTP_HOST={host} VRAM_HTTP_PORT={port}: cannot be listened on ({error})") from error
 
 
