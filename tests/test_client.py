@@ -217,3 +217,19 @@ def test_the_client_needs_nothing_but_the_standard_library():
     heavy = {"asyncio", "httpx", "loguru", "pydantic", "starlette", "uvicorn", "sqlite3", "click", "prometheus_client"}
     assert heavy.isdisjoint(modules)
     assert client.__doc__
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        pytest.param(200, {"events": []}, None, id="no error"),
+        pytest.param(503, {"status": "stalled"}, None, id="a state, told with 503"),
+        pytest.param(
+            409, {"error": {"type": "not_now", "message": "cooldown"}}, "cooldown", id="in the daemon's words"
+        ),
+        pytest.param(500, "Internal Server Error", "HTTP 500: Internal Server Error", id="plain text"),
+        pytest.param(404, {}, "HTTP 404: {}", id="JSON of somebody else"),
+    ],
+)
+def test_an_error_is_told_whatever_its_form(status: int, body: object, words: str | None):
+    assert client.Reply(status, body).error == words

@@ -30,7 +30,7 @@ def as_text(default: Any) -> str:
 
 
 def table_rows() -> dict[str, tuple[str, str]]:
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", README, flags=re.M)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
     return {name: (default.strip("` "), words) for name, default, words in rows}
 
 
@@ -39,7 +39,7 @@ def test_the_readme_table_names_every_setting_and_no_other() -> None:
 
 
 def test_the_example_file_names_every_setting_and_no_other() -> None:
-    assert re.findall(r"^#?([A-Z_]+)=", EXAMPLE, flags=re.M) == list(config.variables())
+    assert re.findall(r"^#?([A-Z_]+)=", EXAMPLE, flags=re.MULTILINE) == list(config.variables())
 
 
 @pytest.mark.parametrize("name", config.variables())
@@ -51,7 +51,7 @@ def test_a_setting_has_one_meaning_and_one_default_wherever_it_is_written(name: 
     shown_default, shown_words = table_rows()[name]
     assert shown_words == words
     assert shown_default in {default, "by profile" if default == "" and "By profile" in words else default}
-    entry = re.search(rf"((?:^# .*\n)+)^#{name}=(.*)$", EXAMPLE, flags=re.M)
+    entry = re.search(rf"((?:^# .*\n)+)^#{name}=(.*)$", EXAMPLE, flags=re.MULTILINE)
     assert entry is not None
     assert " ".join(line.removeprefix("# ") for line in entry[1].splitlines()) == words
     assert entry[2] == default
@@ -89,5 +89,5 @@ def test_the_numbered_tree_is_told_alike_in_the_readme_and_in_the_code() -> None
     source = (ROOT / "vram_manager" / "policy" / "decide.py").read_text()
 
     for number in range(1, 7):
-        assert re.search(rf"^{number}\. ", source, flags=re.M)
-        assert re.search(rf"^{number}\. ", README, flags=re.M)
+        assert re.search(rf"^{number}\. ", source, flags=re.MULTILINE)
+        assert re.search(rf"^{number}\. ", README, flags=re.MULTILINE)

@@ -47,8 +47,8 @@ def _get(path: str) -> Any:
     from vram_manager.client import call
 
     reply = call("GET", path)
-    if reply.status >= 400 and "error" in reply.body:
-        _fail(EXIT_WRONG, reply.body["error"]["message"])
+    if reply.error is not None:
+        _fail(EXIT_WRONG, reply.error)
     return reply.body
 
 
@@ -183,11 +183,13 @@ def free(stage: str, force: bool, model: str | None, wait: bool, as_json: bool) 
     wish: dict[str, object] = {"force": force}
     wish |= {"target": "ollama", "model": model} if model else {"stage": stage}
     reply = client.call("POST", "/v1/free", wish)
-    if reply.status != 202:
+    if reply.error is not None and reply.status != 409:
+        _fail(EXIT_WRONG, reply.error)
+    if reply.error is not None:
         if as_json:
             _print_json(reply.body)
         else:
-            click.echo(f"Refused: {reply.body['error']['message']}", err=True)
+            click.echo(f"Refused: {reply.error}", err=True)
         sys.exit(EXIT_REFUSED)
     asked = reply.body["event_id"]
     if not wait:

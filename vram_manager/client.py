@@ -27,6 +27,14 @@ class Reply:
     status: int
     body: Any
 
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in the daemon's words where it said them in JSON; None for an answer that is no error."""
+        if self.status < 400 or self.status == 503:
+            return None
+        told = self.body.get("error") if isinstance(self.body, dict) else None
+        return told["message"] if told else f"HTTP {self.status}: {self.body}"
+
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout_seconds: float | None) -> None:

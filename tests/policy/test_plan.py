@@ -9,6 +9,7 @@ import pytest
 from tests.policy.worlds import (
     CALM,
     CHAT,
+    CLASSIC,
     DYNAMIC,
     SOFT,
     UNLOAD,
@@ -88,16 +89,44 @@ def test_comfyui_is_not_freed_for_a_model_that_would_not_fit_even_then(
         )
 
 
-@pytest.mark.parametrize("torch_gib", [0.1, 0.9], ids=["too little", "would not fit"])
-def test_weights_that_may_hide_are_said_to_be_unknown_not_to_be_none(torch_gib: float) -> None:
+@pytest.mark.parametrize(
+    ("version", "torch_gib", "unread", "branch", "why"),
+    [
+        pytest.param(
+            DYNAMIC,
+            0.1,
+            Missing("refused"),
+            "4 unseen",
+            "what ComfyUI holds beyond 0.1 GiB cannot be told: Ollama cannot be read: refused",
+            id="too little is known",
+        ),
+        pytest.param(
+            DYNAMIC,
+            0.9,
+            Missing("refused", "start it"),
+            "4 unseen",
+            "what ComfyUI holds beyond 0.9 GiB cannot be told: Ollama cannot be read: refused (start it)",
+            id="what is known would not fit",
+        ),
+        pytest.param(
+            CLASSIC,
+            0.1,
+            Missing("refused"),
+            "4 nothing held",
+            "ComfyUI holds 0.1 GiB: not worth a free",
+            id="nothing hides without DynamicVRAM",
+        ),
+    ],
+)
+def test_weights_that_may_hide_are_said_to_be_unknown_not_to_be_none(
+    version: str, torch_gib: float, unread: Missing, branch: str, why: str
+) -> None:
     policy = Policy(CALM)
-    hiding = {"comfyui": Seen(comfyui(torch_gib=torch_gib, version=DYNAMIC), 10)}
     policy.look(fallen(0, queue=queue(1, since=0)))
-    decision = policy.look(replace(fallen(10, queue=queue(since=5)), **hiding, ollama=Missing("refused", "start it")))
-    assert (decision.branch, decision.action) == ("4 unseen", None)
-    assert decision.reason.endswith(
-        f"what ComfyUI holds beyond {torch_gib} GiB cannot be told: Ollama cannot be read: refused (start it)"
-    )
+    stats = Seen(comfyui(torch_gib=torch_gib, version=version), 10)
+    decision = policy.look(replace(fallen(10, queue=queue(since=5)), comfyui=stats, ollama=unread))
+    assert (decision.branch, decision.action) == (branch, None)
+    assert decision.reason.endswith(f"holding, {why}")
 
 
 @pytest.mark.parametrize(

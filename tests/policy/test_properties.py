@@ -167,7 +167,7 @@ def test_no_action_is_posted_more_than_twice(day, world, lost) -> None:
 
 
 @few
-@given(day=days(traffic), world=worlds, lost=flags)
+@given(day=days(traffic, trouble), world=worlds, lost=flags)
 def test_no_second_episode_opens_before_comfyui_has_run_again(day, world, lost) -> None:
     daemon = spend(day, world, lost_flags=lost)
     for earlier, later in pairwise(first_posts(daemon)):

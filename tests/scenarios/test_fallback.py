@@ -28,7 +28,8 @@ async def test_an_idle_comfyui_is_freed_for_a_model_that_fell_to_the_cpu(mode: s
         models = (await stack.ollama.get("/api/ps")).json()["models"]
 
     assert freed.stage is Stage.SOFT
-    assert freed.freed_bytes is not None and freed.freed_bytes > 5 * GIB
+    assert freed.freed_bytes is not None
+    assert freed.freed_bytes > 5 * GIB
     assert [model["size_vram"] for model in models] == [model["size"] for model in models]
     assert stack.posts == 1
 

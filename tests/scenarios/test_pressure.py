@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ async def test_an_idle_comfyui_is_freed_when_use_stays_over_the_threshold(tmp_pa
         at = next(at for at, event in stack.events if event.type is EventType.FREED)
 
     assert "over 75 %" in freed.reason
-    assert freed.used_percent_before is not None and freed.used_percent_before > 75
-    assert freed.used_percent_after is not None and freed.used_percent_after < 75
+    assert freed.used_percent_before is not None
+    assert freed.used_percent_before > 75
+    assert freed.used_percent_after is not None
+    assert freed.used_percent_after < 75
     assert at >= done + 15
     assert stack.told(EventType.PRESSURE_BEGAN, EventType.PRESSURE_ENDED)[-1].type is EventType.PRESSURE_ENDED
 
@@ -97,7 +100,7 @@ async def test_frees_keep_the_cooldown_between_them(tmp_path: Path) -> None:
         asked = [at for at, event in stack.events if event.type is EventType.FREE_ASKED]
 
     assert len(asked) >= 2
-    assert min(later - earlier for earlier, later in zip(asked, asked[1:], strict=False)) >= 100
+    assert min(later - earlier for earlier, later in itertools.pairwise(asked)) >= 100
 
 
 async def test_a_dead_worker_is_told_once(tmp_path: Path) -> None:

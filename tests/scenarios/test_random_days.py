@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import tempfile
 from pathlib import Path
 from typing import TypeAlias
@@ -69,7 +70,7 @@ def test_no_free_is_posted_while_a_prompt_runs_or_waits_and_none_within_the_cool
         for at, event in stack.events
         if event.type is EventType.FREE_ASKED and "asked again" not in event.reason
     ]
-    for (earlier, _), (later, event) in zip(firsts, firsts[1:], strict=False):
+    for (earlier, _), (later, event) in itertools.pairwise(firsts):
         escalated = "still used after the soft free" in event.reason
         assert later - earlier >= (2.0 if escalated else 20.0)
     settled = stack.told(EventType.FREED, EventType.FREE_UNCONFIRMED)

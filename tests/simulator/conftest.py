@@ -23,12 +23,8 @@ class Tenants:
     def __init__(self, world: World) -> None:
         self.world = world
         self.ledger = world.ledger
-        self.ollama = httpx.AsyncClient(
-            transport=httpx.ASGITransport(world.ollama.app), base_url="http://ollama"
-        )
-        self.comfyui = httpx.AsyncClient(
-            transport=httpx.ASGITransport(world.comfyui.app), base_url="http://comfyui"
-        )
+        self.ollama = httpx.AsyncClient(transport=httpx.ASGITransport(world.ollama.app), base_url="http://ollama")
+        self.comfyui = httpx.AsyncClient(transport=httpx.ASGITransport(world.comfyui.app), base_url="http://comfyui")
 
     async def generate(self, model: str = "llama3.1:8b", **more: Any) -> dict[str, Any]:
         body = {"model": model, "prompt": "why?", "stream": False, **more}

@@ -110,9 +110,7 @@ async def test_history_and_queue_have_the_recorded_shape(settle, recorded, shape
     for part in ("status", "outputs", "meta"):
         assert shape(list(entry[part])) == shape(list(success[part]))
     assert shape(entry["status"]) == shape(success["status"])
-    assert [name for name, _ in entry["status"]["messages"]] == [
-        name for name, _ in success["status"]["messages"]
-    ]
+    assert [name for name, _ in entry["status"]["messages"]] == [name for name, _ in success["status"]["messages"]]
 
 
 async def test_an_older_server_takes_any_prompt_id_and_a_foreign_fetch_site():

@@ -225,9 +225,7 @@ async def test_num_gpu_zero_is_cpu_by_wish_and_serves_default_requests(settle):
 async def test_all_layers_by_wish_on_a_full_card_is_an_error_and_not_a_cpu_load(settle):
     tenants = settle()
     fill(tenants, 3 * GIB)
-    reply = await tenants.ollama.post(
-        "/api/generate", json={"model": "llama3.1:8b", "options": {"num_gpu": 999}}
-    )
+    reply = await tenants.ollama.post("/api/generate", json={"model": "llama3.1:8b", "options": {"num_gpu": 999}})
     assert reply.status_code == 500
     assert "out of memory" in reply.json()["error"]
     assert list(tenants.ledger.holders()) == ["comfyui", "foreign"]
@@ -295,9 +293,7 @@ async def test_a_full_queue_is_a_503(settle):
         ("/v1/chat/completions", {"model": "no-such-model"}, 404, "error.v1.404"),
     ],
 )
-async def test_an_unknown_model_is_refused_in_the_words_of_its_endpoint(
-    settle, recorded, path, body, status, name
-):
+async def test_an_unknown_model_is_refused_in_the_words_of_its_endpoint(settle, recorded, path, body, status, name):
     reply = await settle().ollama.post(path, json=body)
     assert reply.status_code == status
     assert reply.json() == recorded(f"ollama/{name}.json")
@@ -334,9 +330,7 @@ async def test_names_ignore_case_and_default_to_latest(settle):
 
 
 async def test_streams_are_lines_of_json_with_the_numbers_in_the_last(settle):
-    reply = await settle().ollama.post(
-        "/api/chat", json={"model": "llama3.1:8b", "messages": [{"role": "user"}]}
-    )
+    reply = await settle().ollama.post("/api/chat", json={"model": "llama3.1:8b", "messages": [{"role": "user"}]})
     lines = [json.loads(line) for line in reply.text.splitlines()]
     assert reply.headers["content-type"] == "application/x-ndjson"
     assert [line["done"] for line in lines] == [False] * 48 + [True]

@@ -101,9 +101,7 @@ async def test_hanging_up_over_a_real_socket_aborts_the_load():
     slow = OllamaSettings(load_bytes_per_second=GIB, start_seconds=0)
     async with World(ollama_settings=slow) as world, serving(world.ollama.app) as ollama:
         async with httpx.AsyncClient() as client:
-            loading = asyncio.ensure_future(
-                client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"})
-            )
+            loading = asyncio.ensure_future(client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"}))
             await until(lambda: "ollama:qwen3:14b" in world.ledger.holders())
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)

@@ -214,9 +214,7 @@ class SimulatedComfyUI:
         prompt_id = str(body.get("prompt_id") or uuid.uuid4())
         if self._is_2026 and not _is_uuid(prompt_id):
             details = "prompt_id must be a UUID string in canonical lowercase hyphenated form"
-            return _invalid(
-                Invalid(error("invalid_prompt_id", "prompt_id must be a valid UUID", details), {})
-            )
+            return _invalid(Invalid(error("invalid_prompt_id", "prompt_id must be a valid UUID", details), {}))
         outputs = validate(body["prompt"], self.files, names_missing_nodes=self._is_2026)
         if isinstance(outputs, Invalid):
             return _invalid(outputs)

@@ -106,9 +106,7 @@ def upstream(prompt: Workflow, node_id: str) -> list[str]:
     return order
 
 
-def validate(
-    prompt: Workflow, files: Sequence[ModelFile], *, names_missing_nodes: bool
-) -> list[str] | Invalid:
+def validate(prompt: Workflow, files: Sequence[ModelFile], *, names_missing_nodes: bool) -> list[str] | Invalid:
     """The output nodes that can run, or why none can.
 
     `names_missing_nodes`: since 2026 an unknown class is a `missing_node_type`, before an `invalid_prompt`.
@@ -122,9 +120,7 @@ def validate(
         if known is None:
             name = "missing_node_type" if names_missing_nodes else "invalid_prompt"
             message = f"Node '{kind}' not found. The custom node may not be installed."
-            extra = (
-                {"node_id": node_id, "class_type": kind, "node_title": kind} if names_missing_nodes else {}
-            )
+            extra = {"node_id": node_id, "class_type": kind, "node_title": kind} if names_missing_nodes else {}
             return Invalid(error(name, message, f"Node ID '#{node_id}'", **extra), {})
         if known.output:
             outputs.append(node_id)

@@ -215,9 +215,7 @@ class SimulatedOllama:
         model = self._model(body, f'model "{body.get("model")}" not found, try pulling it first')
         texts = body.get("input") or []
         texts = [texts] if isinstance(texts, str) else texts
-        lines = self._lines(
-            "embed", model, runner_options(body.get("options") or {}), keep_alive_of(body), len(texts)
-        )
+        lines = self._lines("embed", model, runner_options(body.get("options") or {}), keep_alive_of(body), len(texts))
         await loaded(request, lines)
         await unless_gone(request, joined(lines, "embed"))
         return JSONResponse({"model": model.name, "embeddings": [[0.6, 0.8] for _ in texts]})

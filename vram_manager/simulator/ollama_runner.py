@@ -93,9 +93,7 @@ class OllamaSettings:
 
     load_bytes_per_second: float = 2.0 * GIB
     start_seconds: float = 0.5
-    unload_seconds: float = (
-        0.8  # a killed runner's memory is back after 0.5-1.5 s (sched.go:waitForVRAMRecovery)
-    )
+    unload_seconds: float = 0.8  # a killed runner's memory is back after 0.5-1.5 s (sched.go:waitForVRAMRecovery)
     keep_alive_seconds: float = 300.0  # OLLAMA_KEEP_ALIVE
     max_loaded: int = 3  # OLLAMA_MAX_LOADED_MODELS on one GPU
     max_queue: int = 512  # OLLAMA_MAX_QUEUE

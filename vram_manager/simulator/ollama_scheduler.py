@@ -130,9 +130,7 @@ class Scheduler:
     def _num_ctx(self, model: OllamaModel, options: RunnerOptions) -> int:
         return min(options.num_ctx or self.settings.context_length, model.trained_context)
 
-    async def _schedule(
-        self, model: OllamaModel, options: RunnerOptions, keep_alive_seconds: float | None
-    ) -> Runner:
+    async def _schedule(self, model: OllamaModel, options: RunnerOptions, keep_alive_seconds: float | None) -> Runner:
         await self._may_schedule.wait()
         same = self.runners.get(model.digest)
         if same is not None:  # 1
@@ -152,9 +150,7 @@ class Scheduler:
                 except OutOfMemory:
                     pass
             self.counters.load_failures += 1
-            raise LoadFailed(
-                "llama-server process has terminated: cudaMalloc failed: out of memory"
-            ) from None
+            raise LoadFailed("llama-server process has terminated: cudaMalloc failed: out of memory") from None
 
     def _may_load_beside(self, model: OllamaModel, num_ctx: int) -> bool:
         if len(self.runners) >= self.settings.max_loaded:
@@ -182,16 +178,12 @@ class Scheduler:
         """Idle before busy, then the shortest keep_alive (findRunnerToUnload)."""
         return min(self.runners.values(), key=lambda runner: (runner.users > 0, runner.keep_alive_seconds))
 
-    async def _load(
-        self, model: OllamaModel, options: RunnerOptions, keep_alive_seconds: float | None
-    ) -> Runner:
+    async def _load(self, model: OllamaModel, options: RunnerOptions, keep_alive_seconds: float | None) -> Runner:
         runner = Runner(
             model=model,
             num_ctx=self._num_ctx(model, options),
             num_gpu=options.num_gpu if options.num_gpu is not None and options.num_gpu >= 0 else None,
-            keep_alive_seconds=self.settings.keep_alive_seconds
-            if keep_alive_seconds is None
-            else keep_alive_seconds,
+            keep_alive_seconds=self.settings.keep_alive_seconds if keep_alive_seconds is None else keep_alive_seconds,
             free_at_load_bytes=self._live_free_bytes(),
         )
         self.runners[model.digest] = runner

@@ -105,9 +105,7 @@ class World:
         self.ledger = Ledger(int(gpu_gib * GIB), name=name)
         self.gpus = LedgerGpuSensor(self.ledger, show_processes=show_processes)
         self.ollama = SimulatedOllama(self.ledger, ollama_models, settings=ollama_settings, utcnow=utcnow)
-        self.comfyui = SimulatedComfyUI(
-            self.ledger, comfyui_files, mode=mode, settings=comfyui_settings, utcnow=utcnow
-        )
+        self.comfyui = SimulatedComfyUI(self.ledger, comfyui_files, mode=mode, settings=comfyui_settings, utcnow=utcnow)
 
     async def __aenter__(self) -> World:
         return self
@@ -122,9 +120,7 @@ class World:
         await self.comfyui.close()
 
 
-def txt2img(
-    checkpoint: str = SDXL, steps: int = 20, width: int = 1024, height: int = 1024, seed: int = 1
-) -> Workflow:
+def txt2img(checkpoint: str = SDXL, steps: int = 20, width: int = 1024, height: int = 1024, seed: int = 1) -> Workflow:
     """The workflow ComfyUI opens with, for any checkpoint; post it as `{"prompt": txt2img()}`."""
     return {
         "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
