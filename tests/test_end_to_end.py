@@ -18,10 +18,8 @@ import websockets
 from tests.fake_nvml import build, compiler
 from vram_manager.simulator.world import txt2img
 
-pytestmark = [
-    pytest.mark.asyncio,
-    pytest.mark.skipif(compiler() is None, reason="no C compiler here to build the fake NVML library"),
-]
+pytestmark = pytest.mark.asyncio
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler here to build the fake NVML library")
 
 # Generous: the slowest step is a few seconds, and nothing is asserted on how long it took.
 LINE_SECONDS = 60.0
@@ -119,6 +117,7 @@ async def render(http: httpx.AsyncClient, urls: dict[str, str]) -> None:
 FREED = r"Freed ComfyUI memory: \d+\.\d GiB in \d+\.\d s \(soft; .+\) used \d+ % -> \d+ % \[free-\d{4}\]"
 
 
+@needs_compiler
 async def test_an_idle_comfyui_is_freed_for_a_model_on_the_cpu(tmp_path: Path) -> None:
     async with whole_stack(tmp_path) as (daemon, http, urls):
         await render(http, urls)
@@ -138,6 +137,7 @@ async def test_an_idle_comfyui_is_freed_for_a_model_on_the_cpu(tmp_path: Path) -
     assert status == 0
 
 
+@needs_compiler
 async def test_an_idle_comfyui_is_freed_when_use_stays_over_the_threshold(tmp_path: Path) -> None:
     quick = {"VRAM_GRACE_SECONDS": "1", "COMFYUI_IDLE_SECONDS": "2", "VRAM_THRESHOLD": "50", "OLLAMA_URL": ""}
     async with whole_stack(tmp_path, **quick) as (daemon, http, urls):
@@ -149,4 +149,20 @@ async def test_an_idle_comfyui_is_freed_when_use_stays_over_the_threshold(tmp_pa
     assert re.search(FREED, freed)
     assert "GPU 0 over 50 %" in freed
     assert truth["holders"]["comfyui"] < 2**30
+    assert status == 0
+
+
+async def test_the_demo_tells_its_story_to_the_end() -> None:
+    async with started("demo", "--fast") as demo:
+        await demo.line("CPU fallback")
+        freed = await demo.line("Freed ComfyUI memory")
+        await demo.line("^What happened")
+        before = await demo.line("before")
+        after = await demo.line("after")
+        await demo.line("docker compose up -d")
+        status = await demo.process.wait()
+
+    assert re.search(FREED, freed)
+    assert "100 % on the GPU" not in before
+    assert "100 % on the GPU" in after
     assert status == 0
