@@ -421,6 +421,8 @@ class InThread:
         self._thread = threading.Thread(target=self._run, name="daemon")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._turned = threading.Condition()
+        self._turns = 0
 
     def __enter__(self) -> InThread:
         self._thread.start()
@@ -444,6 +446,31 @@ class InThread:
         self._loop.call_soon_threadsafe(lambda: (what(), done.set()))
         assert done.wait(20)
 
+    def until(self, true: Callable[[], object]) -> None:
+        """Goes on once `true()` holds after some turn; each look asks for another turn."""
+        assert self.daemon is not None
+        for _ in range(20_000):
+            before = self._turns
+            self.do(self.daemon.observer.changed.set)
+            with self._turned:
+                assert self._turned.wait_for(lambda: self._turns > before, 20)  # noqa: B023 - called at once
+            if true():
+                return
+        raise AssertionError("the daemon has not seen it in time")
+
+    def _note_turns(self, daemon: Daemon, looked: asyncio.Event) -> None:
+        before = daemon.cycle.on_turn
+
+        def note(seconds: float) -> None:
+            before(seconds)
+            if daemon.cycle.snapshot is not None:
+                looked.set()
+            with self._turned:
+                self._turns += 1
+                self._turned.notify_all()
+
+        daemon.cycle.on_turn = note
+
     def _run(self) -> None:
         try:
             asyncio.run(self._work())
@@ -457,12 +484,14 @@ class InThread:
         clock = Clock(lambda: loop.time() + self.ahead, lambda: datetime.now(UTC))
         store = Store.open(settings.service.vram_state_dir)
         self.daemon = build(settings, clock, store, gpus=self.gpus, ollama=self.ollama, comfyui=self.comfyui)
+        looked = asyncio.Event()
+        self._note_turns(self.daemon, looked)
         flight = Flight()
         try:
             async with self.daemon.listening():
                 work = asyncio.create_task(self.daemon.run())
-                while self._wait_for_first_look and self.daemon.cycle.snapshot is None:  # noqa: ASYNC110 - nothing tells
-                    await asyncio.sleep(0.001)
+                if self._wait_for_first_look:
+                    await looked.wait()
                 self._ready.set()
                 await self._stop.wait()
                 work.cancel()

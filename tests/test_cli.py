@@ -80,22 +80,11 @@ def record(daemon: InThread, times: int = 1) -> list[str]:
     return ids
 
 
-def seen(daemon: InThread, true: Callable[[], object]) -> None:
-    """Goes on once the daemon's own snapshot shows it."""
-    turned = threading.Event()
-    assert daemon.daemon is not None
-    for _ in range(2000):
-        if true():
-            return
-        turned.wait(0.01)
-    raise AssertionError("the daemon has not seen it in time")
-
-
 def busy(daemon: InThread) -> None:
     assert daemon.daemon is not None
     cycle = daemon.daemon.cycle
     daemon.comfyui.remaining = 1
-    seen(daemon, lambda: cycle.snapshot and cycle.snapshot.queue.value.remaining)
+    daemon.until(lambda: cycle.snapshot and cycle.snapshot.queue.value.remaining)
 
 
 # Without a daemon.
@@ -168,13 +157,13 @@ def test_health_is_0_while_the_cycle_turns_and_1_when_it_stalls(vram, daemon: In
 
 def test_health_is_0_when_only_a_sensor_is_missing(vram, daemon: InThread):
     daemon.ollama.error = SensorError("GET /api/ps: connection refused")
-    seen(daemon, lambda: isinstance(daemon.daemon.observer.sensors()["ollama"], Missing))
+    daemon.until(lambda: isinstance(daemon.daemon.observer.sensors()["ollama"], Missing))
     assert vram("health") == Ended(0, "degraded\n", "")
 
 
 def test_a_report_says_who_holds_what(vram, daemon: InThread):
     daemon.ollama.load(MODEL, 5, on_gpu=0.5)
-    seen(daemon, lambda: daemon.daemon.cycle.snapshot.ollama.value.models)
+    daemon.until(lambda: daemon.daemon.cycle.snapshot.ollama.value.models)
     ended = vram("report")
     assert ended.status == 0
     assert "GPU 0: Fake card 0" in ended.out
@@ -236,8 +225,7 @@ def test_events_are_followed_until_the_daemon_ends(vram, environment, as_json: b
         later: list[str] = []
 
         def happen() -> None:
-            while len(daemon.daemon.journal._followers) == 0:
-                threading.Event().wait(0.01)
+            daemon.until(lambda: daemon.daemon.journal._followers)
             later.extend(record(daemon, 2))
             daemon.stop()
 
@@ -344,7 +332,7 @@ def test_without_waiting_only_the_asking_is_reported(vram, daemon: InThread):
 
 def test_a_model_is_unloaded_by_name(vram, daemon: InThread):
     daemon.ollama.load(MODEL, 5)
-    seen(daemon, lambda: daemon.daemon.cycle.snapshot.ollama.value.models)
+    daemon.until(lambda: daemon.daemon.cycle.snapshot.ollama.value.models)
     ended = vram("free", "--ollama", MODEL)
     assert ended.status == 0
     assert f"freed  ollama:{MODEL}  5.0 GiB" in ended.out
@@ -360,8 +348,7 @@ def test_a_daemon_that_ends_before_the_proof_is_4(vram, environment):
         daemon.comfyui.acts_after_seconds = None
 
         def end() -> None:
-            while len(daemon.daemon.journal._followers) == 0:
-                threading.Event().wait(0.01)
+            daemon.until(lambda: daemon.daemon.journal._followers)
             daemon.stop()
 
         ending = threading.Thread(target=end)

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -130,12 +131,11 @@ def turns() -> float:
 
 def eventually(true: Callable[[], Any]) -> Any:
     """What `true()` gives once it is no longer false."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.02)):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         with contextlib.suppress(Unreachable):
             if found := true():
                 return found
-        pause.wait(0.02)
     raise AssertionError("not in time")
 
 

@@ -301,14 +301,20 @@ class CountingStore(Store):
     """The real one; counts how often it was asked to write."""
 
     tries = 0
+    _asked = threading.Condition()
 
     def append(self, rows: list[Row]) -> None:
-        self.tries += 1
+        with self._asked:
+            self.tries += 1
+            self._asked.notify_all()
         super().append(rows)
 
     async def tried(self, times: int) -> None:
-        while self.tries < times:  # noqa: ASYNC110 - it is asked from a worker thread
-            await asyncio.sleep(0.001)
+        def wait() -> None:
+            with self._asked:
+                assert self._asked.wait_for(lambda: self.tries >= times, 60)
+
+        await asyncio.to_thread(wait)
 
 
 @pytest.mark.asyncio

@@ -33,9 +33,13 @@ def fast_world():
     return World(ollama_settings=FAST_OLLAMA, comfyui_settings=FAST_COMFYUI)
 
 
-async def until(true):
-    while not true():  # noqa: ASYNC110 - the ledger's callbacks would be more code than this
-        await asyncio.sleep(0.01)
+async def until(ledger, true):
+    changed = asyncio.Event()
+    ledger.on_change.append(changed.set)
+    while not true():
+        changed.clear()
+        await changed.wait()
+    ledger.on_change.remove(changed.set)
 
 
 async def events(socket):
@@ -102,10 +106,10 @@ async def test_hanging_up_over_a_real_socket_aborts_the_load():
     async with World(ollama_settings=slow) as world, serving(world.ollama.app) as ollama:
         async with httpx.AsyncClient() as client:
             loading = asyncio.ensure_future(client.post(f"{ollama}/api/generate", json={"model": "qwen3:14b"}))
-            await until(lambda: "ollama:qwen3:14b" in world.ledger.holders())
+            await until(world.ledger, lambda: "ollama:qwen3:14b" in world.ledger.holders())
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-        await until(lambda: "ollama:qwen3:14b" not in world.ledger.holders())
+        await until(world.ledger, lambda: "ollama:qwen3:14b" not in world.ledger.holders())
     assert world.ollama.counters.loads == 0
 
 
@@ -147,7 +151,7 @@ async def test_a_served_world_ends_when_cancelled(unused_tcp_port_factory):
                 gpu = await client.get(f"http://127.0.0.1:{control_port}/gpu")
                 break
             except httpx.ConnectError:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0)
         version = await client.get(f"http://127.0.0.1:{ollama_port}/api/version")
         queue = await client.get(f"http://127.0.0.1:{comfyui_port}/prompt")
     serving_it.cancel()
