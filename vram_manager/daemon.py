@@ -13,7 +13,7 @@ import traceback
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC
-from typing import Any
+from typing import Any, Protocol
 
 from loguru import logger
 
@@ -188,7 +188,7 @@ async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) 
     """Works until asked to stop (0), until the GPU device is revoked (EXIT_RESTART), or until a part dies (1)."""
     work = asyncio.create_task(daemon.run(), name="daemon")
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    revoked = asyncio.create_task(_revoked(nvml), name="revoked")
+    revoked = asyncio.create_task(device_revoked(nvml, os.getpid()), name="revoked")
     done, _ = await asyncio.wait({work, stopped, revoked}, return_when=asyncio.FIRST_COMPLETED)
     if work in done:
         # Only a bug gets here: say it whole, end, and let the container start afresh, cooled down.
@@ -207,18 +207,25 @@ async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) 
     return status
 
 
-async def _revoked(nvml: NvmlSensor) -> None:
+class Revocable(Protocol):
+    """A sensor that can tell that its device worked here and was then taken away."""
+
+    @property
+    def revoked(self) -> bool: ...
+
+
+async def device_revoked(sensor: Revocable, pid: int) -> None:
     """Returns when NVML worked here and was then cut off by the device cgroup, and a restart would help.
 
     Only as a container's first process: there `restart: unless-stopped` starts us again and the toolkit's hooks
     give the device back. It cannot loop, since a container that never saw the GPU does not leave.
     """
-    if os.getpid() != 1:
+    if pid != 1:
         await asyncio.Event().wait()
     looks = 0
     while looks < 2:
         await asyncio.sleep(REVOKED_LOOK_SECONDS)
-        looks = looks + 1 if nvml.revoked else 0
+        looks = looks + 1 if sensor.revoked else 0
 
 
 def run(settings: Settings) -> int:
