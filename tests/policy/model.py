@@ -23,7 +23,8 @@ from vram_manager.policy.accounting import gpus_seen
 TICK = 0.25
 TOTAL_GIB = 24.0
 CONTEXT_GIB = 0.5
-PERIODS = {"gpus": 0.5, "ollama": 1.0, "comfyui": 1.0, "queue": 1.0}
+# ComfyUI's websocket pushes its queue; the others are polled.
+PERIODS = {"gpus": 0.5, "ollama": 1.0, "comfyui": 1.0, "queue": TICK}
 
 
 @dataclass

@@ -110,6 +110,14 @@ def test_torchs_own_report_proves_the_free_when_ollama_takes_the_room_meanwhile(
     assert outcome(policy) == (EventType.FREED, 16.0)
 
 
+def test_torchs_report_proves_nothing_once_comfyui_runs_again() -> None:
+    # The new prompt moves memory from node outputs to weights that torch does not count.
+    policy = asked_at_zero()
+    for at in (1.0, 2.0, 10.0):
+        policy.look(fallen(at, torch_gib=12, queue=queue(1, since=0.5, runs=2)))
+    assert outcome(policy) == (EventType.FREE_UNCONFIRMED, 0.0)
+
+
 def test_a_model_whose_load_only_now_shows_in_the_list_does_not_pass_for_freed_memory() -> None:
     # Ollama lists a model once it is loaded: its memory was taken before the free was asked.
     policy = asked_at_zero()

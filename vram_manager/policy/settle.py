@@ -90,17 +90,16 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
             why=_why_not(pending, snapshot, memory, listed),
         )
     lost = not some and pending.posts == 1 and now - posted_at >= rules.repost_after_seconds
-    if lost and memory is not None and _idle_since_the_post(pending, snapshot, posted_at):
+    if lost and memory is not None and isinstance(snapshot.comfyui, Seen) and _rested(pending, posted_at, snapshot):
         return Repost(pending=pending)
     return Waiting(pending=pending)
 
 
-def _idle_since_the_post(pending: Pending, snapshot: Snapshot, posted_at: float) -> bool:
-    """ComfyUI is seen, idle, and has run nothing since: a prompt that ended meanwhile took the flag with it."""
+def _rested(pending: Pending, since: float, snapshot: Snapshot) -> bool:
+    """ComfyUI is idle and has run nothing: a prompt takes the flag with it, and moves memory of its own."""
     match snapshot.queue:
         case Seen(value=queue, at=at) if isinstance(pending.action, FreeComfyUI):
-            seen = isinstance(snapshot.comfyui, Seen) and at > posted_at
-            return seen and queue.idle and queue.runs == pending.runs_before
+            return at > since and queue.idle and queue.runs == pending.runs_before
     return False
 
 
@@ -134,11 +133,10 @@ def _rise(pending: Pending, asked_at: float, snapshot: Snapshot, memory: Seen[Gp
     if memory is not None and pending.free_bytes_before is not None:
         rise = Seen(memory.value.free_bytes - pending.free_bytes_before, memory.at)
     torch = _torch_held(snapshot)
-    if isinstance(pending.action, FreeComfyUI) and pending.holder_bytes_before is not None and torch is not None:
-        released = pending.holder_bytes_before - torch.value
-        if torch.at > asked_at and released > rise.value:
-            rise = Seen(released, torch.at)
-    return rise
+    if torch is None or torch.at <= asked_at or not _rested(pending, asked_at, snapshot):
+        return rise
+    released = (pending.holder_bytes_before or 0) - torch.value
+    return Seen(released, torch.at) if released > rise.value else rise
 
 
 def _torch_held(snapshot: Snapshot) -> Seen[int] | None:
