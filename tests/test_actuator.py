@@ -136,6 +136,24 @@ async def test_without_nvml_comfyui_tells_the_memory(without: str):
     assert asked.gpu_memory.free_bytes == 14 * GIB
 
 
+async def test_where_nvml_knows_the_card_but_not_its_memory_comfyui_tells_it():
+    door = Door()
+    door.card.broken = Missing("memory is not supported (unified memory)")
+    asked = await door.ask(gpu="comfyui-0")
+    assert isinstance(asked, Asked)
+    assert asked.gpu_memory is not None
+    assert asked.gpu_memory.free_bytes == 14 * GIB
+
+
+async def test_a_second_post_looks_at_the_queue_once_more():
+    door = Door()
+    door.comfyui.remaining = 1
+    outcome = await door.actuator.ask_again(SOFT)
+    assert isinstance(outcome, Refused)
+    assert outcome.why == "ComfyUI became busy (1 running or waiting)"
+    assert door.comfyui.posts == []
+
+
 async def test_nobody_who_could_tell_the_memory_is_a_refusal():
     door = Door()
     door.gpus.error = SensorError("GPU is lost")

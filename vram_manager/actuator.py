@@ -47,9 +47,17 @@ class Actuator:
             return self._refused("the GPU cannot be read any more")
         if pending.demand is not None and memory is not None and memory.free_bytes >= pending.demand.need_free_bytes:
             return self._refused("room appeared while looking: nothing to do")
-        return await self.post(pending.action, memory)
+        return await self._post(pending.action, memory)
 
-    async def post(self, action: Action, memory: GpuMemory | None) -> Asked | Refused:
+    async def ask_again(self, action: Action) -> Asked | Refused:
+        """The second post of a free whose flag was lost, unless its target became busy meanwhile."""
+        try:
+            await self._still_right(action)
+        except SensorError as error:
+            return self._refused(error.why)
+        return await self._post(action, None)
+
+    async def _post(self, action: Action, memory: GpuMemory | None) -> Asked | Refused:
         """Sends the request for `action`. A request that got no answer in time may still have arrived."""
         at = self._clock.monotonic()
         try:
@@ -89,9 +97,10 @@ class Actuator:
                 gpus = Seen(await self._gpus.read(), self._clock.monotonic())
             except SensorError as error:
                 gpus = Missing(error.why)
-        if not isinstance(gpus, Seen) and self._comfyui is not None:
-            comfyui = Seen(await self._comfyui.stats(), self._clock.monotonic())
         seen = gpus_seen(replace(snapshot, gpus=gpus, comfyui=comfyui))
+        if isinstance(seen, Missing) and self._comfyui is not None:
+            comfyui = Seen(await self._comfyui.stats(), self._clock.monotonic())
+            seen = gpus_seen(replace(snapshot, gpus=gpus, comfyui=comfyui))
         if isinstance(seen, Missing):
             return None
         found = next((gpu for gpu in seen.gpus if gpu.uuid == pending.gpu), None)

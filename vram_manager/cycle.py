@@ -174,7 +174,7 @@ class Cycle:
 
     async def _ask(self, request: _Request) -> None:
         if request.again:
-            outcome = await self._actuator.post(request.pending.action, None)
+            outcome = await self._actuator.ask_again(request.pending.action)
         else:
             outcome = await self._actuator.ask(request.pending, request.before)
         self._put(_Report(request, outcome))

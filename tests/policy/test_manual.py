@@ -290,3 +290,9 @@ def test_a_model_on_an_unknown_gpu_has_left_when_ollama_says_so() -> None:
     policy.look(snapshot(1.5, cards))
     (event,) = policy.of(EventType.FREED)
     assert (event.freed_bytes, event.used_percent_before, event.gpu) == (8 * GIB, None, None)
+
+
+def test_a_person_waits_two_seconds_of_idleness_in_every_profile() -> None:
+    patient = Policy(Rules(waiting_idle_seconds=120))
+    seen = snapshot(0, gpu(free_gib=4), comfyui=comfyui(torch_gib=8), queue=queue(since=-2.5))
+    assert patient.wish(SOFT, seen).action == SOFT

@@ -30,7 +30,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManualFree:
-    """A person's wish for a free now. `force` outweighs every guard but a target that cannot be seen."""
+    """A person's wish for a free now. `force` outweighs a busy queue, the cooldown and a small hold."""
 
     action: Action
     force: bool

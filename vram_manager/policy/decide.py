@@ -324,7 +324,8 @@ def decide_manual(snapshot: Snapshot, watch: Watch, wish: ManualFree, rules: Rul
             return no(target.why)
         held_bytes = target.held(snapshot, watch.lesson, action.stage, rules)
         proposal = Proposal(action=action, target=target, held=held_bytes)
-        idle = rules.waiting_idle_seconds
+        # A person is not an artist's rival: only as long as a flag posted at a prompt's end can be lost.
+        idle = min(rules.waiting_idle_seconds, rules.post_spacing_seconds)
         if not wish.force:
             if late := why_not_now(proposal, idle, now, watch, rules, first=True):
                 return no(late.why)
