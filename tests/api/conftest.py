@@ -52,15 +52,18 @@ class Served:
 
     async def turned(self) -> None:
         """A first look has been had."""
-        while self.daemon.cycle.snapshot is None:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.001)
+        turned, before = asyncio.Event(), self.daemon.cycle.on_turn
+        self.daemon.cycle.on_turn = lambda seconds: (before(seconds), turned.set())
+        while self.daemon.cycle.snapshot is None:
+            turned.clear()
+            await turned.wait()
+        self.daemon.cycle.on_turn = before
 
     async def got(self, path: str, true: Callable[[Any], object]) -> httpx.Response:
         """The first reply of `path` whose JSON is as wished."""
         deadline = asyncio.get_running_loop().time() + 20
         while not true((reply := await self.http.get(path)).json()):
             assert asyncio.get_running_loop().time() < deadline, reply.text
-            await asyncio.sleep(0.01)
         return reply
 
     def record(self, times: int = 1) -> list[str]:

@@ -256,7 +256,7 @@ async def test_a_stream_outlives_the_time_that_a_head_may_take(served: Served):
     reader, writer = await served.connect(FOLLOW)
     await reader.readuntil(b"\r\n\r\n")
     loop.time = lambda: time() + 10 * server.HEAD_SECONDS  # type: ignore[method-assign]
-    await asyncio.sleep(0.02)
+    await served.http.get("/ready")
     (event,) = served.record()
     assert await asyncio.wait_for(reader.readuntil(f"id: {event}\n".encode()), 20)
     writer.close()

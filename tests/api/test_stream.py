@@ -132,8 +132,8 @@ async def test_a_reader_who_leaves_is_forgotten(served: Served):
     async with stream(served):
         assert len(served.daemon.journal._listeners) == listening + 1
     async with asyncio.timeout(20):
-        while len(served.daemon.journal._listeners) > listening:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.001)
+        while len(served.daemon.journal._listeners) > listening:
+            await served.http.get("/health")
 
 
 async def test_a_stream_in_which_nothing_happens_shows_that_it_lives(served: Served):
@@ -141,7 +141,7 @@ async def test_a_stream_in_which_nothing_happens_shows_that_it_lives(served: Ser
     time = loop.time
     async with stream(served) as following:
         loop.time = lambda: time() + 16  # type: ignore[method-assign]
-        await asyncio.sleep(0.05)
+        await served.http.get("/health")
         served.record()
         await following.ids(1)
         assert following.comments >= 1
