@@ -21,6 +21,7 @@ from vram_manager.clock import Clock
 from vram_manager.domain.action import Stage
 from vram_manager.domain.decision import Decision
 from vram_manager.domain.event import Event, EventType
+from vram_manager.policy.demands import gib
 from vram_manager.store import Row, Store
 
 RING_EVENTS = 1000
@@ -250,7 +251,7 @@ def line(entry: Entry) -> tuple[str, str]:
     event = entry.event
     who, tag = _who(event.target), f"[{entry.id}]"
     stage = f"{event.stage}; " if event.stage else ""
-    size = f"{(event.freed_bytes or 0) / 2**30:.1f} GiB"
+    size = gib(event.freed_bytes or 0)
     took = f"{event.took_seconds or 0:.1f} s"
     what = f"{who} memory" if event.target == "comfyui" else who
     match event.type:

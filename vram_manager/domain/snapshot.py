@@ -28,6 +28,11 @@ class GpuMemory:
         return max(1, self.total_bytes - reserved)
 
     @property
+    def taken_bytes(self) -> int:
+        """What processes have of that. `used_bytes` would include the reserve with the older struct."""
+        return self.usable_bytes - self.free_bytes
+
+    @property
     def used_percent(self) -> float:
         """How much of the usable memory is taken, 0..100: the number thresholds are compared with."""
         return min(100.0, max(0.0, 100.0 * (1.0 - self.free_bytes / self.usable_bytes)))

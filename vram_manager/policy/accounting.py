@@ -185,8 +185,7 @@ def comfyui_hold(
     held_by_ollama = ollama_bytes(snapshot, gpus, gpu, rules)
     unaccounted: int | None = None
     if isinstance(gpu.memory, GpuMemory) and not isinstance(held_by_ollama, Missing):
-        used_bytes = gpu.memory.usable_bytes - gpu.memory.free_bytes
-        unaccounted = max(0, used_bytes - held_by_ollama - torch_bytes)
+        unaccounted = max(0, gpu.memory.taken_bytes - held_by_ollama - torch_bytes)
     process = comfyui_process(comfyui, gpu)
     if process is not None and isinstance(process.used_bytes, int):
         own = process.used_bytes - rules.context_bytes

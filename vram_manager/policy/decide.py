@@ -57,7 +57,7 @@ def decide(snapshot: Snapshot, watch: Watch, rules: Rules) -> Decision:
             reason = f"nothing came back from an idle ComfyUI: the flag of {_name(pending.action)} was lost, once more"
             watch = replace(watch, pending=pending)
             decision = Decision(branch="1 once more", reason=reason, watch=watch, action=pending.action, repost=True)
-        case Settled(pending=pending):
+        case Settled():
             watch, concluded = _conclude(outcome, snapshot, watch, gpus, rules)
             decision = _next(snapshot, watch, gpus, rules)
             events.append(replace(concluded, final=not decision.branch.startswith("6 escalate")))

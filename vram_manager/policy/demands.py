@@ -168,7 +168,7 @@ def disagreement(snapshot: Snapshot) -> str | None:
     match snapshot.gpus:
         case Seen(value=gpus):
             memories = [gpu.memory for gpu in gpus.gpus if isinstance(gpu.memory, GpuMemory)]
-            used = sum(max(0, memory.usable_bytes - memory.free_bytes) for memory in memories)
+            used = sum(max(0, memory.taken_bytes) for memory in memories)
             if memories and len(memories) == len(gpus.gpus) and claimed > used + 512 * MIB:
                 return f"Ollama claims {gib(claimed)} on the GPU, NVML counts {gib(used)} used in all"
         case Missing() if claimed:
@@ -224,7 +224,7 @@ def fill_rates(gpus: Gpus | Missing, read_at: float | None, watch: Watch) -> Wat
     for gpu in gpus.gpus:
         if not isinstance(gpu.memory, GpuMemory):
             continue
-        used = gpu.memory.usable_bytes - gpu.memory.free_bytes
+        used = gpu.memory.taken_bytes
         before = used_at.get(gpu.uuid)
         if before is not None and read_at > before[0]:
             fastest = max(fastest, (used - before[1]) / (read_at - before[0]))
