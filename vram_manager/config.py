@@ -20,7 +20,8 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Valid
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vram_manager.errors import SettingsError
-from vram_manager.policy.rules import MIB, Rules
+from vram_manager.domain.size import MIB, Size, gib, parse_size
+from vram_manager.policy.rules import Rules
 
 Profile: TypeAlias = Literal["balanced", "chat", "image"]
 
@@ -90,6 +91,12 @@ def _body(value: object) -> object:
     return body
 
 
+def _limit(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Limit: TypeAlias = Annotated[Size, NoDecode, BeforeValidator(_limit)]
+Mebibytes: TypeAlias = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Url: TypeAlias = Annotated[str, BeforeValidator(_url)]
 Headers: TypeAlias = Annotated[dict[str, str], NoDecode, BeforeValidator(_json_object), AfterValidator(_headers)]
 Percent: TypeAlias = Annotated[Annotated[float, Field(gt=0, le=100)] | None, BeforeValidator(_percent)]
@@ -162,7 +169,7 @@ class PolicySettings(_Part):
     vram_min_reclaim_mb: Annotated[int, Field(ge=1, le=2**20)] = 256
     """MiB below which a free is not worth the reload it costs."""
     enable_vram_monitoring: bool = True
-    """false: watch and answer, never free."""
+    """false: watch and answer, never free, and admit everything."""
     vram_dry_run: Annotated[bool, Field(validation_alias=AliasChoices("vram_dry_run", "vram_check_dry_run"))] = False
     """true: decide and tell, do nothing. VRAM_CHECK_DRY_RUN is the same."""
 
@@ -193,6 +200,39 @@ class GpuSettings(_Part):
     """Deadline of one NVML reading, seconds; a call that hangs longer makes the GPU unknown, never full or empty."""
 
 
+class AdmissionSettings(_Part):
+    """What workers are promised, and when they are warned."""
+
+    vram_fail_open: bool = True
+    """true: admit with a warning when the GPU cannot be read. false: refuse then."""
+    vram_safety_margin_mb: Annotated[int, Field(ge=0, le=2**20)] = 2048
+    """MiB that must stay free beside what a request needs; a request may name its own."""
+    vram_default_estimate_mb: Annotated[int, Field(ge=1, le=2**20)] = 8192
+    """MiB a request counts as when neither it nor anything learned, listed or measured says how much it needs."""
+    vram_estimates: Annotated[dict[str, Mebibytes], NoDecode, BeforeValidator(_json_object)] = {}
+    """JSON object of model name pattern to MiB, for example {"ltx2-19b": 24576}: a pattern with * or ? must match the
+    whole name, one without any part of it."""
+    vram_soft_limit: Limit = Size(percent=90.0)
+    """Use of a GPU above which its workers are warned: percent of it, or a size such as 11GB."""
+    vram_hard_limit: Limit = Size(percent=95.0)
+    """Use of a GPU above which its workers are told to stop before they allocate: percent of it, or a size."""
+    vram_soft_limit_seconds: Seconds = 30.0
+    """Seconds use must stay above the soft limit before it counts as a violation; 0: at the first check."""
+    vram_leak_threshold_mb: Annotated[int, Field(ge=1, le=2**20)] = 100
+    """MiB a worker's memory between two generations may grow before it is called a leak."""
+    vram_leak_generations: Annotated[int, Field(ge=10, le=10**6)] = 100
+    """Generations over which that growth is measured, not counting the warm-up."""
+
+    @model_validator(mode="after")
+    def _hard_not_below_soft(self) -> AdmissionSettings:
+        soft, hard = self.vram_soft_limit, self.vram_hard_limit
+        # A percentage and a size can only be compared on a GPU.
+        pairs = ((soft.bytes, hard.bytes), (soft.percent, hard.percent))
+        if any(low is not None and high is not None and high < low for low, high in pairs):
+            raise ValueError(f"VRAM_HARD_LIMIT={hard} is below VRAM_SOFT_LIMIT={soft}: it must be at least that")
+        return self
+
+
 class ServiceSettings(_Part):
     """Socket, state, logs."""
 
@@ -221,6 +261,7 @@ class Settings(_Part):
     comfyui: ComfyUISettings
     policy: PolicySettings
     gpu: GpuSettings
+    admission: AdmissionSettings
     service: ServiceSettings
 
     def rules(self) -> Rules:
@@ -241,6 +282,15 @@ class Settings(_Part):
             interval_seconds=policy.vram_check_interval,
             comfyui_gpu=self.comfyui.comfyui_gpu,
             ollama_gpu=self.ollama.ollama_gpu,
+            fail_open=self.admission.vram_fail_open,
+            safety_margin_bytes=self.admission.vram_safety_margin_mb * MIB,
+            default_estimate_bytes=self.admission.vram_default_estimate_mb * MIB,
+            estimates={name: size * MIB for name, size in self.admission.vram_estimates.items()},
+            soft_limit=self.admission.vram_soft_limit,
+            hard_limit=self.admission.vram_hard_limit,
+            soft_limit_seconds=self.admission.vram_soft_limit_seconds,
+            leak_threshold_bytes=self.admission.vram_leak_threshold_mb * MIB,
+            leak_generations=self.admission.vram_leak_generations,
             enabled=policy.enable_vram_monitoring,
             dry_run=policy.vram_dry_run,
         )
@@ -264,14 +314,26 @@ class Settings(_Part):
                 f"{rules.cooldown_seconds:g} s, proof within {rules.settle_timeout_seconds:g} s"
             ),
         ]
+        lines.append(
+            f"Workers keep {gib(rules.safety_margin_bytes)} free; they are warned above {rules.soft_limit} used for "
+            f"{rules.soft_limit_seconds:g} s and stopped above {rules.hard_limit}"
+            + ("" if rules.fail_open else "; without a GPU reading nobody is admitted (VRAM_FAIL_OPEN=false)")
+        )
         if rules.dry_run:
-            lines.append("DRY RUN: decisions are told, nothing is freed")
+            lines.append("DRY RUN: decisions are told, nothing is freed and nobody is refused")
         if not rules.enabled:
-            lines.append("ENABLE_VRAM_MONITORING=false: nothing is ever freed")
+            lines.append("ENABLE_VRAM_MONITORING=false: nothing is ever freed and everybody is admitted")
         return lines
 
 
-PARTS: tuple[type[_Part], ...] = (OllamaSettings, ComfyUISettings, PolicySettings, GpuSettings, ServiceSettings)
+PARTS: tuple[type[_Part], ...] = (
+    OllamaSettings,
+    ComfyUISettings,
+    PolicySettings,
+    GpuSettings,
+    AdmissionSettings,
+    ServiceSettings,
+)
 
 
 def variables() -> dict[str, Any]:
@@ -286,7 +348,7 @@ def load() -> Settings:
     """The settings from the environment. Raises SettingsError with one line per wrong variable."""
     problems: list[str] = []
     parts: dict[str, Any] = {}
-    for key, part in zip(("ollama", "comfyui", "policy", "gpu", "service"), PARTS, strict=True):
+    for key, part in zip(("ollama", "comfyui", "policy", "gpu", "admission", "service"), PARTS, strict=True):
         try:
             parts[key] = part()
         except ValidationError as error:

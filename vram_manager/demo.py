@@ -29,7 +29,8 @@ from vram_manager.config import (
 from vram_manager.daemon import Daemon, build, log_to
 from vram_manager.domain.event import EventType
 from vram_manager.journal import Entry
-from vram_manager.report import bar, gib
+from vram_manager.domain.size import gib
+from vram_manager.report import bar
 from vram_manager.simulator.serve import serving
 from vram_manager.simulator.world import World, txt2img
 from vram_manager.store import Store

@@ -22,11 +22,12 @@ from vram_manager.backends.ollama import HttpOllama
 from vram_manager.client import call
 from vram_manager.config import Settings
 from vram_manager.domain.reading import Missing
+from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import ComfyUIState, Gpu, Gpus
 from vram_manager.errors import SensorError, Unreachable
 from vram_manager.gpus.nvml import NvmlSensor
 from vram_manager.policy.accounting import comfyui_gpu, weights_may_hide
-from vram_manager.policy.demands import gib, on_cpu, placement
+from vram_manager.policy.demands import on_cpu, placement
 
 Verdict: TypeAlias = Literal["fine", "note", "wrong"]
 

@@ -21,7 +21,7 @@ from vram_manager.clock import Clock
 from vram_manager.domain.action import Stage
 from vram_manager.domain.decision import Decision
 from vram_manager.domain.event import Event, EventType
-from vram_manager.policy.demands import gib
+from vram_manager.domain.size import gib
 from vram_manager.store import Row, Store
 
 RING_EVENTS = 1000
@@ -40,6 +40,13 @@ _PREFIX = {
     EventType.CPU_FALLBACK: "model",
     EventType.PRESSURE_BEGAN: "pressure",
     EventType.PRESSURE_ENDED: "pressure",
+    EventType.ADMITTED: "lease",
+    EventType.REFUSED: "lease",
+    EventType.LEASE_ENDED: "lease",
+    EventType.LEASE_EXPIRED: "lease",
+    EventType.SOFT_LIMIT: "limit",
+    EventType.HARD_LIMIT: "limit",
+    EventType.LEAK: "leak",
 }
 
 
@@ -236,6 +243,8 @@ def _who(target: str | None) -> str:
         return "-"
     if target.startswith("ollama:"):
         return f"Ollama model {target.removeprefix('ollama:')}"
+    if target.startswith("worker:"):
+        return target.removeprefix("worker:")
     return _SENSOR_NAMES.get(target, target)
 
 
@@ -279,6 +288,20 @@ def line(entry: Entry) -> tuple[str, str]:
             return "INFO", f"Pressure on {who} is over: {event.reason} {tag}"
         case EventType.WORKER_DEAD | EventType.READINGS_DISAGREE:
             return "WARNING", f"{who}: {event.reason} {tag}"
+        case EventType.ADMITTED:
+            return "INFO", f"Admitted {who}: {event.reason} {tag}"
+        case EventType.REFUSED:
+            return "WARNING", f"Refused {who}: {event.reason} {tag}"
+        case EventType.LEASE_ENDED:
+            return "INFO", f"Lease of {who} ended: {event.reason} {tag}"
+        case EventType.LEASE_EXPIRED:
+            return "WARNING", f"Lease of {who} expired: {event.reason} {tag}"
+        case EventType.SOFT_LIMIT:
+            return "WARNING", f"VRAM soft limit exceeded by {who}: {event.reason} {tag}"
+        case EventType.HARD_LIMIT:
+            return "ERROR", f"VRAM hard limit exceeded by {who}: {event.reason} {tag}"
+        case EventType.LEAK:
+            return "WARNING", f"Potential memory leak of {who}: {event.reason} {tag}"
         case EventType.SENSOR_LOST:
             return "WARNING", f"{who} cannot be read: {event.reason} {tag}"
         case EventType.SENSOR_BACK:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-GIB = 2**30
+from vram_manager.domain.size import gib
+
 WIDTH = 78
-
-
-def gib(size_bytes: float | None) -> str:
-    return "unknown" if size_bytes is None else f"{size_bytes / GIB:.1f} GiB"
 
 
 def bar(share: float, width: int = 30) -> str:

@@ -31,6 +31,7 @@ def settings(**policy: Any) -> config.Settings:
         comfyui=config.ComfyUISettings.model_construct(**comfyui),
         policy=config.PolicySettings.model_construct(**policy),
         gpu=config.GpuSettings.model_construct(),
+        admission=config.AdmissionSettings.model_construct(),
         service=config.ServiceSettings.model_construct(),
     )
 

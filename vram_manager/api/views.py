@@ -9,11 +9,11 @@ from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
+from vram_manager.domain.size import MIB
 from vram_manager.domain.snapshot import Gpu, GpuMemory, LoadedModel, Snapshot
 from vram_manager.journal import DecisionEntry, rfc3339
 from vram_manager.observer import Observer
 from vram_manager.policy.accounting import gpus_seen
-from vram_manager.policy.rules import MIB
 
 # A turn takes a millisecond and the slowest beat is the interval: three of them without one is a stall.
 STALLED_BEATS, STALLED_SECONDS = 3, 15.0

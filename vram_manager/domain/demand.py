@@ -9,8 +9,7 @@ from enum import IntEnum
 class Kind(IntEnum):
     """Who asks, most urgent first; the letters are those of the tree in `policy.decide`.
 
-    WAITING (3a: a held request or an admission) and STARTING (3c: ComfyUI begins to run, a worker's hard
-    limit) have their place in the order here; nothing raises them yet.
+    WAITING (3a) is an admission in line, STARTING (3c) a worker's hard limit.
     """
 
     WAITING = 1
@@ -24,7 +23,8 @@ class Demand:
     """`need_free_bytes` must be free on `gpu` (None: on any GPU the tenant may use) for it to be met.
 
     It lives until it is met, withdrawn, or `last_seen_at` is too long ago; a rate limit delays it and
-    never loses it. `reason` is the clause that goes into the log line of the free it causes.
+    never loses it. `reason` is the clause that goes into the log line of the free it causes. `patient` is one
+    that takes nothing from a ComfyUI that may only be pausing.
     """
 
     kind: Kind
@@ -34,3 +34,4 @@ class Demand:
     reason: str
     since: float
     last_seen_at: float
+    patient: bool = False

@@ -19,6 +19,13 @@ class EventType(StrEnum):
     CPU_FALLBACK = "cpu_fallback"
     PRESSURE_BEGAN = "pressure_began"
     PRESSURE_ENDED = "pressure_ended"
+    ADMITTED = "admitted"
+    REFUSED = "refused"
+    LEASE_ENDED = "lease_ended"
+    LEASE_EXPIRED = "lease_expired"
+    SOFT_LIMIT = "soft_limit"
+    HARD_LIMIT = "hard_limit"
+    LEAK = "leak"
     DRY_RUN = "dry_run"
     WORKER_DEAD = "worker_dead"
     READINGS_DISAGREE = "readings_disagree"
@@ -32,6 +39,7 @@ class Event:
 
     `gpu` is a UUID, `target` the tenant or sensor it is about, `action_id` the id of the `free_asked` event
     that every later event of the same free carries. `reason` is one clause that says why, with numbers.
+    `lease` is the id of the lease it is about, `estimated_bytes` and `peak_bytes` what was asked for and taken.
     `final` is False for a soft free that gave nothing back and is followed by the unload stage at once.
     """
 
@@ -46,4 +54,7 @@ class Event:
     used_percent_after: float | None = None
     action_id: str | None = None
     models: tuple[str, ...] = ()
+    lease: str | None = None
+    estimated_bytes: int | None = None
+    peak_bytes: int | None = None
     final: bool = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from vram_manager.domain.demand import Demand
 from vram_manager.domain.reading import Missing, Reading
 
 
@@ -168,10 +170,20 @@ class Queue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything the daemon knows at `taken_at` (monotonic seconds). Readings past their age limit are Missing."""
+    """Everything the daemon knows at `taken_at` (monotonic seconds). Readings past their age limit are Missing.
+
+    `asks` are demands made of the daemon itself: admissions in line, hard limits. `leased_bytes` is what was
+    promised on each GPU and is not yet visible there; under None, what was promised when no GPU could be told.
+    """
 
     taken_at: float
     gpus: Reading[Gpus]
     ollama: Reading[OllamaState]
     comfyui: Reading[ComfyUIState]
     queue: Reading[Queue]
+    asks: tuple[Demand, ...] = ()
+    leased_bytes: Mapping[str | None, int] = field(default_factory=dict)
+
+    def leased_on(self, uuid: str) -> int:
+        """What of the GPU's free memory is promised already."""
+        return self.leased_bytes.get(uuid, 0) + self.leased_bytes.get(None, 0)

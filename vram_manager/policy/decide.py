@@ -21,11 +21,12 @@ from vram_manager.domain.decision import Decision, ManualFree
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Episode, Lesson, Pending, Watch
 from vram_manager.policy import guards
 from vram_manager.policy.accounting import gpus_read_at, gpus_seen, named
-from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, gib, met, notice
+from vram_manager.policy.demands import collect, dead_worker, disagreeing, fill_rates, met, notice
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.inputs import inputs_of
 from vram_manager.policy.plan import (

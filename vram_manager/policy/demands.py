@@ -9,19 +9,15 @@ from dataclasses import replace
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.size import MIB, gib
 from vram_manager.domain.snapshot import GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.policy.accounting import can_use
 from vram_manager.policy.pressure import limit_bytes
-from vram_manager.policy.rules import GIB, MIB, Rules
+from vram_manager.policy.rules import Rules
 
 # Ollama may load or drop a model between the two looks; only a contradiction that lasts is one.
 DISAGREE_SECONDS = 15.0
-
-
-def gib(size_bytes: float) -> str:
-    """5.8 GiB, the way every line of this daemon says sizes."""
-    return f"{size_bytes / GIB:.1f} GiB"
 
 
 def placement(model: LoadedModel) -> str:

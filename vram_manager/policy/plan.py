@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from vram_manager.domain.action import FreeComfyUI, Stage
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.reading import Missing, Off
+from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import ComfyUIState, Gpu, GpuMemory, Gpus, Queue, Snapshot
 from vram_manager.domain.watch import Lesson, Watch
 from vram_manager.policy import guards
 from vram_manager.policy.accounting import Hold as Held
 from vram_manager.policy.accounting import can_use, comfyui_gpu, comfyui_hold, named, nothing_new
-from vram_manager.policy.demands import gib
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.rules import Rules
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-MIB = 2**20
-GIB = 2**30
+from vram_manager.domain.size import GIB, MIB, Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,5 +44,16 @@ class Rules:
     interval_seconds: float = 5.0
     comfyui_gpu: str | None = None
     ollama_gpu: str | None = None
+    fail_open: bool = True
+    """Admit when the GPU cannot be read."""
+    safety_margin_bytes: int = 2 * GIB
+    default_estimate_bytes: int = 8 * GIB
+    estimates: Mapping[str, int] = field(default_factory=dict)
+    """Bytes by pattern of a model's name or file."""
+    soft_limit: Size = Size(percent=90.0)
+    hard_limit: Size = Size(percent=95.0)
+    soft_limit_seconds: float = 30.0
+    leak_threshold_bytes: int = 100 * MIB
+    leak_generations: int = 100
     enabled: bool = True
     dry_run: bool = False
