@@ -21,6 +21,7 @@ from vram_manager.config import SOFT_FREE_BODY
 from vram_manager.cycle import Cycle
 from vram_manager.daemon import Daemon, build
 from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import (
     ComfyUIState,
@@ -32,11 +33,11 @@ from vram_manager.domain.snapshot import (
     ProcessMemory,
     TorchDevice,
 )
-from vram_manager.errors import SensorError
+from vram_manager.errors import Rejected, SensorError
 from vram_manager.journal import Entry, Journal
 from vram_manager.observer import Observer
 from vram_manager.policy import Rules
-from vram_manager.store import Row, Store
+from vram_manager.store import Peak, Row, Store
 
 MIB = 2**20
 GIB = 2**30
@@ -132,6 +133,9 @@ class FakeOllama(Faked):
         self.looks: list[float] = []
         self.unloads: list[str] = []
         self.unload_error: Exception | None = None
+        self.stored: dict[str, StoredModel] = {}
+        self.facts: dict[str, ModelFacts] = {}
+        self.questions: list[str] = []
 
     def load(self, name: str, gib: float, *, on_gpu: float = 1.0) -> None:
         """`name` is loaded, the given share of it on the card."""
@@ -156,6 +160,18 @@ class FakeOllama(Faked):
         self.looks.append(now())
         await self.answer()
         return OllamaState(version=self.version, models=tuple(self.listed.values()))
+
+    async def library(self) -> Mapping[str, StoredModel]:
+        self.questions.append("library")
+        await self.answer()
+        return dict(self.stored)
+
+    async def show(self, model: str) -> ModelFacts:
+        self.questions.append(f"show {model}")
+        await self.answer()
+        if model not in self.facts:
+            raise Rejected(f"POST /api/show: HTTP 404: model '{model}' not found")
+        return self.facts[model]
 
     async def unload(self, model: str) -> None:
         self.unloads.append(model)
@@ -194,6 +210,8 @@ class FakeComfyUI(Faked):
         self.acts_after_seconds: float | None = 1.0
         self.lost_flags = 0
         self.keeps_bytes = 0
+        self.folders: dict[str, dict[str, int]] = {}
+        self.questions: list[str] = []
         self._pushed: asyncio.Queue[int | SensorError] = asyncio.Queue()
 
     def hold(self, gib: float) -> None:
@@ -251,6 +269,13 @@ class FakeComfyUI(Faked):
     def lose_socket(self) -> None:
         self._pushed.put_nowait(SensorError("connection lost"))
 
+    async def model_sizes(self, folder: str) -> Mapping[str, int]:
+        self.questions.append(folder)
+        await self.answer()
+        if folder not in self.folders:
+            raise Rejected(f"GET /experiment/models/{folder}: HTTP 404")
+        return dict(self.folders[folder])
+
     async def free(self, body: Mapping[str, bool]) -> None:
         self.posts.append((now(), dict(body)))
         self.posting += 1
@@ -282,6 +307,7 @@ class FakeStore:
 
     def __init__(self, *rows: Row) -> None:
         self.rows = list(rows)
+        self.measured: list[Peak] = []
         self.closed = False
 
     def append(self, rows: list[Row]) -> None:
@@ -289,6 +315,12 @@ class FakeStore:
 
     def newest(self, limit: int) -> list[Row]:
         return self.rows[-limit:]
+
+    def add_peaks(self, peaks: list[Peak]) -> None:
+        self.measured += peaks
+
+    def peaks(self) -> list[Peak]:
+        return list(self.measured)
 
     def close(self) -> None:
         self.closed = True
@@ -499,4 +531,4 @@ class InThread:
                 flight.begin()
         finally:
             await flight.end()
-            self.daemon.journal.close()
+            self.daemon.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +17,15 @@ import pytest
 from tests.fakes import InThread
 from vram_manager import __version__
 from vram_manager.cli import cli, main
+from vram_manager.client import VramClient, call
 from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.lease import Lease, Priority
 from vram_manager.domain.reading import Missing
 from vram_manager.errors import Rejected, SensorError
 
 BACK = Event(type=EventType.SENSOR_BACK, target="ollama", reason="version 0.33.1")
 MODEL = "llama3.1:8b"
+WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ def record(daemon: InThread, times: int = 1) -> list[str]:
     return ids
 
 
+def leases(daemon: InThread) -> list[Lease]:
+    assert daemon.daemon is not None
+    return list(daemon.daemon.admissions.book.leases.values())
+
+
 def busy(daemon: InThread) -> None:
     assert daemon.daemon is not None
     cycle = daemon.daemon.cycle
@@ -99,6 +110,8 @@ TALKS = [
     ["why"],
     ["free"],
     ["why", "x"],
+    ["leases"],
+    ["leases", "--release", "lease-1"],
 ]
 
 
@@ -364,3 +377,362 @@ def test_an_odd_id_is_wrong_and_not_a_daemon_that_is_away(vram, daemon: InThread
     ended = vram("events", "--after", after)
     assert ended.status == 1
     assert "must be the id of an event" in ended.err
+
+
+# Asking: nothing is reserved.
+
+FULL = "100GiB"
+PROMPT = {"4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd_xl_base_1.0.safetensors"}}}
+
+
+def test_a_check_of_what_fits_is_0_and_says_what_is_available(vram, daemon: InThread):
+    ended = vram("check", "4GiB")
+    assert ended == Ended(0, "Admitted: 4.0 GiB on GPU 0 (Fake card 0), 16.0 GiB available\n", "")
+    assert leases(daemon) == []
+
+
+def test_a_check_of_what_does_not_fit_is_3_and_says_why_and_what_would(vram, daemon: InThread):
+    ended = vram("check", "20GiB")
+    assert (ended.status, ended.err) == (3, "")
+    refused, *others = ended.out.splitlines()
+    assert refused.startswith("Refused: Insufficient GPU memory: need 22.0 GiB (20.0 + 2.0 safety margin), 16.0 GiB")
+    assert [line[:18] for line in others] == ["  would fit now: 1"]
+
+
+def test_a_check_may_name_its_own_margin_and_gpu(vram, daemon: InThread):
+    assert vram("check", "16GiB").status == 3
+    assert vram("check", "16GiB", "--margin-mb", "0", "--gpu", "0", "--priority", "batch").status == 0
+
+
+def test_a_check_for_a_model_estimates_it(vram, environment, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VRAM_ESTIMATES", '{"ltx2-19b": 24576, "tts": 2048}')
+    with InThread():
+        assert vram("check", "--model", "tts").out.startswith("Admitted: 2.0 GiB on GPU 0")
+        ended = vram("check", "--model", "ltx2-19b", "--context", "4096", "--json")
+    assert ended.status == 3
+    assert ended.json["estimate_source"] == "table"
+    assert ended.json["required_bytes"] == 24 * 2**30
+
+
+def test_a_check_for_a_workflow_estimates_it_from_its_files(vram, daemon: InThread, tmp_path: Path):
+    daemon.comfyui.folders["checkpoints"] = {"sd_xl_base_1.0.safetensors": 6 * 2**30}
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(PROMPT))
+    ended = vram("check", "--workflow", str(file), "--json")
+    assert ended.json["estimate_source"] == "files"
+    assert ended.json["required_bytes"] > 6 * 2**30
+    assert ended.status == (0 if ended.json["admitted"] else 3)
+
+
+def test_a_check_for_machines_is_one_document(vram, daemon: InThread):
+    admitted, refused = vram("check", "4GiB", "--json"), vram("check", "20GiB", "--json")
+    assert (admitted.status, refused.status) == (0, 3)
+    assert admitted.json["admitted"] is True
+    assert admitted.json["lease"] is None
+    assert refused.json["shortfall_bytes"] == 6 * 2**30
+    assert refused.json["alternatives"][0]["required_bytes"] == 14 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "say how much"),
+        (["lots"], "must be a size with a unit"),
+        (["24"], "must be a size with a unit"),
+        (["0GiB"], "must be more than 0"),
+        (["4GiB", "--gpu", "7"], "must be the index or UUID of one of 0 (GPU-a)"),
+        (["--workflow", "/dev/null"], "--workflow: not JSON"),
+        (["--workflow", "/no/such/file"], "No such file"),
+        (["4GiB", "--margin-mb", "-1"], "--margin-mb"),
+        (["4GiB", "--priority", "urgent"], "--priority"),
+        (["--model", "x", "--context", "0"], "--context"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("verb", ["check", "exec"])
+def test_asking_for_what_is_no_size_is_2(vram, daemon: InThread, verb: str, arguments: list[str], words: str):
+    if verb == "exec":
+        size = [] if not arguments or arguments[0].startswith("--") else ["--need", arguments.pop(0)]
+        arguments = [*size, *arguments, "--", "no-such-command"]
+    ended = vram(verb, *arguments)
+    assert ended.status == 2
+    assert words in ended.err
+    assert "Usage" in ended.err
+
+
+def test_a_workflow_that_is_no_object_is_2(vram, daemon: InThread, tmp_path: Path):
+    file = tmp_path / "prompt.json"
+    file.write_text("[1, 2]")
+    ended = vram("check", "--workflow", str(file))
+    assert ended.status == 2
+    assert "workflow" in ended.err
+
+
+def test_a_check_without_a_daemon_is_0_with_a_warning(vram, environment):
+    ended = vram("check", "24GiB")
+    assert ended.status == 0
+    assert ended.out.startswith("Admitted: not asked, admitted all the same: no daemon: ")
+    assert ended.err.startswith("vram-manager: warning: no daemon: ")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["option", "setting"])
+def test_a_strict_check_without_a_daemon_is_4(vram, environment, monkeypatch: pytest.MonkeyPatch, how: str):
+    if how == "setting":
+        monkeypatch.setenv("VRAM_FAIL_OPEN", "false")
+    ended = vram("check", "24GiB", *(["--strict"] if how == "option" else []))
+    assert (ended.status, ended.out) == (4, "")
+    assert ended.err.startswith("vram-manager: no daemon: ")
+    assert ended.err.count("\n") == 1
+
+
+# Running a command with its memory promised.
+
+
+@pytest.fixture
+def execute() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `vram-manager exec` as a process of its own, as signals are a process's."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "vram_manager", "exec", *arguments]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        running.append(child)
+        return child
+
+    yield start
+    for child in running:
+        child.kill()
+        child.communicate()
+
+
+# Says its number, and ends when it is told to.
+PATIENT = ("sh", "-c", "echo $$; read line")
+# Says its number, and ends with 5 after it has said which signal it got.
+TOLD = """
+import os, signal, sys
+def told(number, _):
+    print(signal.Signals(number).name, flush=True)
+    os._exit(5)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, told)
+print(os.getpid(), flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def line_of(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def held_by(daemon: InThread, pid: int) -> Lease:
+    """The only lease, once it belongs to that process: by then its guardian passes signals on."""
+    daemon.until(lambda: [lease.pid for lease in leases(daemon)] == [pid])
+    return leases(daemon)[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137), ("kill -TERM $$", 143)]
+)
+def test_exec_ends_as_its_command_does(daemon: InThread, execute, script: str, status: int):
+    child = execute("--need", "2GiB", "--", "sh", "-c", f"echo out; echo err >&2; {script}")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (status, "out\n", "err\n")
+    assert leases(daemon) == []
+
+
+def test_a_command_has_its_lease_for_as_long_as_it_runs(vram, daemon: InThread, execute):
+    child = execute("--need", "2GiB", *PATIENT)
+    lease = held_by(daemon, int(line_of(child)))
+    assert (lease.bytes, lease.holds) == (2 * 2**30, 1)
+    assert lease.owner == f"sh-{child.pid}"
+    assert lease.id in vram("leases").out
+    child.communicate("\n", timeout=60)
+    assert child.returncode == 0
+    assert vram("leases").out == "No lease is live.\n"
+
+
+def test_the_owner_of_a_lease_may_be_named(vram, daemon: InThread, execute):
+    child = execute("--owner", "captions", "--need", "2GiB", "--priority", "batch", "--gpu", "0", "--", *PATIENT)
+    lease = held_by(daemon, int(line_of(child)))
+    assert (lease.owner, lease.priority) == ("captions", Priority.BATCH)
+    child.communicate("\n", timeout=60)
+
+
+def test_what_follows_the_command_is_the_commands(daemon: InThread, execute):
+    child = execute("--need", "1GiB", "sh", "-c", 'echo "$@"', "--", "--need", "--strict", "-x", "--help")
+    assert child.communicate(timeout=60) == ("--need --strict -x --help\n", "")
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+)
+def test_a_signal_is_passed_on_to_the_command(daemon: InThread, execute, number: signal.Signals):
+    child = execute("--need", "2GiB", "--", sys.executable, "-S", "-c", TOLD)
+    held_by(daemon, int(line_of(child)))
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (5, f"{number.name}\n", "")
+    assert leases(daemon) == []
+
+
+def test_a_command_that_is_refused_its_memory_does_not_run_and_that_is_3(vram, daemon: InThread, tmp_path: Path):
+    ran = tmp_path / "ran"
+    ended = vram("exec", "--need", FULL, "--", "touch", str(ran))
+    assert (ended.status, ended.out) == (3, "")
+    assert ended.err.startswith("vram-manager: Refused: Insufficient GPU memory: need 102.0 GiB (100.0 + 2.0 safety")
+    assert not ran.exists()
+    assert leases(daemon) == []
+
+
+def test_a_command_that_is_not_there_is_127(vram, daemon: InThread):
+    ended = vram("exec", "--need", "1GiB", "--", "no-such-command", "x")
+    assert ended == Ended(127, "", "vram-manager: no-such-command: No such file or directory\n")
+    assert leases(daemon) == []
+
+
+def test_a_command_that_may_not_be_run_is_126(vram, daemon: InThread, tmp_path: Path):
+    file = tmp_path / "script.py"
+    file.write_text("print('hello')")
+    for name in (file, tmp_path):
+        ended = vram("exec", "--need", "1GiB", "--", str(name))
+        assert ended == Ended(126, "", f"vram-manager: {name}: Permission denied\n")
+    assert leases(daemon) == []
+
+
+def test_exec_without_a_command_is_2(vram, daemon: InThread):
+    assert vram("exec", "--need", "1GiB").status == 2
+
+
+def test_exec_waits_in_line_for_its_memory(vram, daemon: InThread, execute):
+    busy(daemon)
+    first = execute("--need", "12GiB", *PATIENT)
+    first_pid = int(line_of(first))
+    second = execute("--need", "12GiB", "--wait", "600", *PATIENT)
+    daemon.until(lambda: daemon.daemon.admissions.book.line)
+    assert [lease.pid for lease in leases(daemon)] == [first_pid]
+    first.communicate("\n", timeout=60)
+    held_by(daemon, int(line_of(second)))
+    second.communicate("\n", timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+
+
+def test_exec_without_a_daemon_runs_the_command_with_a_warning(environment, execute):
+    child = execute("--need", "2GiB", "--", "sh", "-c", "echo out; exit 7")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (7, "out\n")
+    assert err.startswith("vram-manager: warning: no daemon: ")
+    assert err.count("\n") == 1
+
+
+def test_a_strict_exec_without_a_daemon_runs_nothing_and_is_4(vram, environment, tmp_path: Path):
+    ran = tmp_path / "ran"
+    ended = vram("exec", "--strict", "--need", "2GiB", "--", "touch", str(ran))
+    assert (ended.status, ended.out) == (4, "")
+    assert ended.err.startswith("vram-manager: no daemon: ")
+    assert ended.err.count("\n") == 1
+    assert not ran.exists()
+
+
+# Leases.
+
+
+def admitted(size: str, owner: str) -> str:
+    """Granted, and held by nobody."""
+    wish = {"required": size, "owner": owner, "ttl_seconds": 3600}
+    body = call("POST", "/v1/admissions", wish).body
+    assert body["admitted"], body["reason"]
+    return str(body["lease"]["id"])
+
+
+def test_without_leases_there_is_one_line(vram, daemon: InThread):
+    assert vram("leases") == Ended(0, "No lease is live.\n", "")
+    assert vram("leases", "--json").json == {"leases": [], "line": []}
+
+
+def test_leases_are_listed_oldest_first(vram, daemon: InThread):
+    first, second = admitted("2GiB", "tts"), admitted("3GiB", "video")
+    daemon.card.holders["video"] = 4 * 2**30
+    call("POST", f"/v1/leases/{second}/claimed", {"bytes": 4 * 2**30})
+    daemon.until(lambda: leases(daemon)[1].visible_bytes)
+    ended = vram("leases")
+    assert ended.status == 0
+    one, two = ended.out.splitlines()
+    assert re.fullmatch(f"{first}  tts: 2.0 GiB \\(request\\), 0.0 GiB taken; until {WHEN}", one)
+    assert re.fullmatch(
+        f"{second}  video: 3.0 GiB \\(request\\), 3.0 GiB taken, peak 4.0 GiB, "
+        f"1.0 GiB MORE THAN ASKED FOR; until {WHEN}",
+        two,
+    )
+    assert [lease["id"] for lease in vram("leases", "--json").json["leases"]] == [first, second]
+
+
+def test_a_lease_that_is_held_says_so(vram, daemon: InThread):
+    with VramClient(owner="tts") as client, client.lease("2GiB") as lease:
+        assert vram("leases").out == f"{lease.id}  tts: 2.0 GiB (request), 0.0 GiB taken; held by its connection\n"
+
+
+@pytest.fixture
+def in_line(daemon: InThread) -> Iterator[Callable[[], None]]:
+    """Puts somebody in line for 12 GiB, of which there is no room beside a render and another 12."""
+    wish = {"required": "12GiB", "owner": "captions", "priority": "batch", "wait_seconds": 600}
+    asking = threading.Thread(target=lambda: call("POST", "/v1/admissions", wish, timeout_seconds=60))
+
+    def ask() -> None:
+        busy(daemon)
+        asking.start()
+        daemon.until(lambda: daemon.daemon.admissions.book.line)
+
+    yield ask
+    for lease in leases(daemon):
+        call("DELETE", f"/v1/leases/{lease.id}")
+    asking.join(60)
+    assert not asking.is_alive()
+
+
+def test_the_line_is_listed_with_when_each_may_be_served(vram, daemon: InThread, in_line: Callable[[], None]):
+    admitted("12GiB", "video")
+    in_line()
+    held, title, waiting = vram("leases").out.splitlines()
+    assert "video: 12.0 GiB" in held
+    assert title == "Waiting in line"
+    assert re.fullmatch(r"  1\. captions: 12\.0 GiB, batch, for \d+ s, ETA \d+ s \(estimate\)", waiting)
+    (one,) = vram("leases", "--json").json["line"]
+    assert (one["owner"], one["position"], one["required_bytes"]) == ("captions", 1, 12 * 2**30)
+    assert one["eta_seconds"] > 0
+
+
+def test_a_wait_whose_end_cannot_be_foreseen_has_no_eta(vram, daemon: InThread, in_line: Callable[[], None]):
+    with VramClient(owner="video") as client, client.lease("12GiB"):
+        in_line()
+        waiting = vram("leases").out.splitlines()[-1]
+        assert re.fullmatch(r"  1\. captions: 12\.0 GiB, batch, for \d+ s, no ETA", waiting)
+
+
+def test_a_lease_may_be_ended_by_hand_once(vram, daemon: InThread):
+    lease_id = admitted("2GiB", "tts")
+    assert vram("leases", "--release", lease_id) == Ended(0, f"Released {lease_id}\n", "")
+    assert leases(daemon) == []
+    ended = vram("leases", "--release", lease_id)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith(f"vram-manager: {lease_id} is no live lease")
+
+
+@pytest.mark.parametrize("name", ["lease 1", "../snapshot", "lease/1", "ü", "%", ""], ids=repr)
+def test_the_id_of_no_lease_is_1_and_one_line(vram, daemon: InThread, name: str):
+    ended = vram("leases", "--release", name)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_report_shows_the_leases(vram, daemon: InThread):
+    assert "Leases" not in vram("report").out
+    lease_id = admitted("2GiB", "tts")
+    lines = vram("report").out.splitlines()
+    shown = lines[lines.index("Leases") + 1]
+    assert shown.startswith(f"   {lease_id}  tts: 2.0 GiB (request), 0.0 GiB taken; until ")
+    assert vram("report", "--json").json["leases"][0]["id"] == lease_id

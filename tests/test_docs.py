@@ -78,7 +78,7 @@ def test_every_metric_is_in_the_readme_and_no_other() -> None:
     source = (ROOT / "vram_manager" / "metrics.py").read_text()
     gauges = set(re.findall(r'_gauge\(\s*"([a-z_]+)"', source))
     gauges |= {f"gpu_memory_{name}_bytes" for name in ("total", "used", "free")}
-    counters = {f"{name}_total" for name in re.findall(r'_counter\("([a-z_]+)"', source)}
+    counters = {f"{name}_total" for name in re.findall(r'_(?:counter|sum)\("([a-z_]+)"', source)}
     histograms = set(re.findall(r'_histogram\(\s*"([a-z_]+)"', source))
     section = README.split("Metrics, with the prefix")[1].split("\n\n")[0]
 

@@ -111,13 +111,13 @@ def stored(seq: int, **body: object) -> Row:
 
 
 def test_event_types_of_a_newer_version_are_skipped_and_their_ids_are_not_given_out_again():
-    journal = a_journal(stored(1), stored(2, type="lease_expired"), stored(3, stage="thaw"))
+    journal = a_journal(stored(1), stored(2, type="meteorite"), stored(3, stage="thaw"))
     assert [entry.seq for entry in journal.events()] == [1]
     assert journal.record(BACK).seq == 4
 
 
 def test_fields_of_a_newer_version_are_ignored():
-    journal = a_journal(stored(1, node="gpu-box-2", lease={"id": 5}))
+    journal = a_journal(stored(1, node="gpu-box-2", tenant={"id": 5}))
     assert [entry.event.reason for entry in journal.events()] == ["why"]
 
 
@@ -484,6 +484,42 @@ LINES = {
         replace(FREED, type=EventType.DRY_RUN, reason="a soft free of ComfyUI, which holds 9.8 GiB (why)"),
         "INFO DRY RUN: would ask for a soft free of ComfyUI, which holds 9.8 GiB (why) [free-0001]",
     ),
+    "dry run of a refusal": (
+        Event(type=EventType.DRY_RUN, target="worker:tts", reason="need 26.0 GiB, 15.0 GiB available"),
+        "INFO DRY RUN: would refuse tts: need 26.0 GiB, 15.0 GiB available [free-0001]",
+    ),
+    "admitted": (
+        Event(type=EventType.ADMITTED, target="worker:tts", reason="4.0 GiB on GPU 0 (request: as asked for)"),
+        "INFO Admitted tts: 4.0 GiB on GPU 0 (request: as asked for) [lease-0001]",
+    ),
+    "worker refused": (
+        Event(type=EventType.REFUSED, target="worker:tts", reason="Insufficient GPU memory: need 26.0 GiB"),
+        "WARNING Refused tts: Insufficient GPU memory: need 26.0 GiB [lease-0001]",
+    ),
+    "lease ended": (
+        Event(
+            type=EventType.LEASE_ENDED,
+            target="worker:tts",
+            reason="released after 35 s; estimated 4.0 GiB, peak 3.7 GiB",
+        ),
+        "INFO Lease of tts ended: released after 35 s; estimated 4.0 GiB, peak 3.7 GiB [lease-0001]",
+    ),
+    "lease expired": (
+        Event(type=EventType.LEASE_EXPIRED, target="worker:tts", reason="not renewed for 60 s"),
+        "WARNING Lease of tts expired: not renewed for 60 s [lease-0001]",
+    ),
+    "soft limit": (
+        Event(type=EventType.SOFT_LIMIT, target="worker:tts", reason="11.3 GiB used of 11.0 GiB"),
+        "WARNING VRAM soft limit exceeded by tts: 11.3 GiB used of 11.0 GiB [limit-0001]",
+    ),
+    "hard limit": (
+        Event(type=EventType.HARD_LIMIT, target="worker:tts", reason="11.2 GiB used + 0.8 GiB requested"),
+        "ERROR VRAM hard limit exceeded by tts: 11.2 GiB used + 0.8 GiB requested [limit-0001]",
+    ),
+    "leak": (
+        Event(type=EventType.LEAK, target="worker:tts", reason="10.8 GiB -> 11.0 GiB over 100 generations"),
+        "WARNING Potential memory leak of tts: 10.8 GiB -> 11.0 GiB over 100 generations [leak-0001]",
+    ),
     "new model": (
         Event(type=EventType.MODEL_DETECTED, target="ollama", reason="llama3.1:8b (5.8 GiB, 100 % GPU)"),
         "INFO New Ollama model(s) detected: llama3.1:8b (5.8 GiB, 100 % GPU) [model-0001]",
@@ -607,5 +643,8 @@ def test_an_entry_as_json_has_every_field_that_outsiders_read():
         "used_percent_after": 52.4,
         "action_id": "free-0411",
         "models": (),
+        "lease": None,
+        "estimated_bytes": None,
+        "peak_bytes": None,
         "decision_id": None,
     }

@@ -9,10 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes import GIB
+from tests.policy.desk import book, lease, request
 from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.lease import Book, Ticket
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
 from vram_manager.domain.snapshot import (
     ComfyUIState,
@@ -78,8 +80,24 @@ class Sensors:
         return self.states
 
 
-def metrics(turn: Turn | None = None, **states: Reading[object]) -> Metrics:
-    return Metrics(Clock(lambda: 100.0, lambda: datetime.now(UTC)), turn or Turn(), Sensors(states))
+@dataclass
+class Desk:
+    book: Book = field(default_factory=Book)
+
+
+@dataclass
+class Crew:
+    soft_violations: int = 2
+    hard_violations: int = 3
+    leaks: int = 1
+
+    def memory(self) -> dict[str, int]:
+        return {"tts": 5 * GIB}
+
+
+def metrics(turn: Turn | None = None, desk: Desk | None = None, **states: Reading[object]) -> Metrics:
+    clock = Clock(lambda: 100.0, lambda: datetime.now(UTC))
+    return Metrics(clock, turn or Turn(), Sensors(states), desk or Desk(), Crew())
 
 
 def samples(scraped: Metrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -242,3 +260,36 @@ def test_two_daemons_in_one_process_do_not_share_their_counters():
     one, other = metrics(), metrics()
     one.count(entry(FREED))
     assert "frees_total" not in samples(other)
+
+
+def test_what_is_promised_and_what_is_taken_beyond_it_is_shown() -> None:
+    promised = [
+        lease(4, owner="tts", id="a"),
+        lease(6, owner="video", id="b", used_bytes=7 * GIB),
+        lease(1, owner="tts", id="c", gpu=None),
+    ]
+    shown = samples(metrics(desk=Desk(book(*promised, line=(Ticket(request=request(2), since=0.0),)))))
+    assert shown["gpu_memory_leased_bytes"] == {(("gpu", "GPU-a"),): 10.0 * GIB, (("gpu", ""),): 1.0 * GIB}
+    assert shown["lease_overclaimed_bytes"] == {(("owner", "tts"),): 0.0, (("owner", "video"),): 1.0 * GIB}
+    assert shown["leases"] == {(): 3.0}
+    assert shown["admissions_waiting"] == {(): 1.0}
+
+
+def test_what_workers_say_and_do_is_counted() -> None:
+    shown = samples(metrics())
+    assert shown["worker_memory_bytes"] == {(("owner", "tts"),): 5.0 * GIB}
+    assert shown["soft_limit_violations_total"] == {(): 2.0}
+    assert shown["hard_limit_violations_total"] == {(): 3.0}
+    assert shown["leaks_total"] == {(): 1.0}
+
+
+def test_answers_and_the_quality_of_estimates_are_counted() -> None:
+    scraped = metrics()
+    scraped.answered("admitted", 0.001)
+    scraped.answered("refused", 12.0)
+    scraped.lease_ended(lease(4, peak_bytes=3 * GIB))
+    scraped.lease_ended(lease(4))
+    shown = samples(scraped)
+    assert shown["admissions_total"] == {(("outcome", "admitted"),): 1.0, (("outcome", "refused"),): 1.0}
+    assert shown["admission_wait_seconds_count"] == {(): 2.0}
+    assert shown["estimate_peak_ratio_sum"] == {(("source", "request"),): 0.75}

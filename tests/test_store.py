@@ -6,12 +6,13 @@ import contextlib
 import os
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vram_manager.store import FILE_NAME, MAX_EVENTS, Row, Store
+from vram_manager.store import FILE_NAME, MAX_EVENTS, MAX_PEAKS, Peak, Row, Store
 
 
 def row(seq: int, body: str = "{}") -> Row:
@@ -216,3 +217,72 @@ def test_a_damaged_history_in_a_read_only_directory_gives_way_to_memory(read_onl
     with nobody(), history(read_only) as store:
         assert store.path is None
         assert store.problem is not None
+
+
+def peak(number: int, subject: str = "model:46e0:4096") -> Peak:
+    return Peak(subject=subject, at="2026-07-01T12:00:00.000Z", peak_bytes=number)
+
+
+def test_measured_peaks_are_there_after_a_restart_oldest_first(tmp_path: Path):
+    with history(tmp_path) as store:
+        store.add_peaks([peak(3), peak(1)])
+        store.add_peaks([peak(2, "workflow:ü'")])
+    with history(tmp_path) as store:
+        assert store.peaks() == [peak(3), peak(1), peak(2, "workflow:ü'")]
+
+
+def test_the_oldest_peaks_make_room_for_new_ones(tmp_path: Path):
+    with history(tmp_path) as store:
+        store.add_peaks(peak(number) for number in range(1, MAX_PEAKS + 4))
+        kept = store.peaks()
+    assert (len(kept), kept[0], kept[-1]) == (MAX_PEAKS, peak(4), peak(MAX_PEAKS + 3))
+
+
+def test_peaks_are_stored_at_once_or_not_at_all(tmp_path: Path):
+    with history(tmp_path) as store:
+        with pytest.raises(sqlite3.Error):
+            store.add_peaks([peak(1), Peak(subject="x", at="y", peak_bytes=None)])  # type: ignore[arg-type]
+        assert store.peaks() == []
+
+
+def test_a_history_from_before_there_were_peaks_gets_room_for_them(tmp_path: Path):
+    path = written(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE peaks")
+    with history(tmp_path) as store:
+        assert store.problem is None
+        store.add_peaks([peak(1)])
+        assert (store.peaks(), len(store.newest(1000))) == ([peak(1)], 200)
+
+
+def test_a_table_of_peaks_with_other_columns_gives_way_to_memory_and_says_so(tmp_path: Path):
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection, connection:
+        connection.execute("CREATE TABLE peaks (what TEXT)")
+    with history(tmp_path) as store:
+        assert store.path is None
+        assert "no such column" in str(store.problem)
+
+
+def test_threads_that_write_and_read_at_once_lose_nothing(tmp_path: Path):
+    def work(number: int) -> None:
+        try:
+            for turn in range(40):
+                store.add_peaks([peak(1, f"{number}")])
+                store.append([row(number * 1000 + turn)])
+                store.newest(5)
+                store.peaks()
+                if turn % 10 == 9:
+                    with contextlib.suppress(sqlite3.IntegrityError):  # it rolls back, and nobody else's with it
+                        store.append([Row(seq=9, at=None, type="x", body="")])  # type: ignore[arg-type]
+        except BaseException as error:
+            failures.append(error)
+
+    failures: list[BaseException] = []
+    with history(tmp_path) as store:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        assert len(store.peaks()) == len(store.newest(1000)) == 160

@@ -9,11 +9,13 @@ snapshot).
     cycle                  one turn: look, decide, act, tell            <- read this first
     observer               one task per sensor, each with its deadline and cadence; gives a Snapshot
     actuator               the only door out: looks again, asks, says what was asked
+    admissions, workers    the desk: leases, the line; limits, generations   estimates  how much it will need
     journal, store         the only place that records: ring, SQLite, log line, counters
     metrics, api           what people and machines read: Prometheus, JSON, the event stream
     domain                 values only          policy    pure rules: values and `now` in, value out
     gpus, backends         the rim: one file per outside system
     config, clock, errors  settings, the two times, everything that is expected to go wrong
+    processes              who is there, who descends from whom, who ends
     client                 the standard-library door to the socket, for the CLI and for workers
     simulator              an Ollama and a ComfyUI on one pretended GPU; production never imports it
 
@@ -21,4 +23,4 @@ From `__main__` to a free: cli -> daemon -> cycle -> actuator -> backends/comfyu
 policy/decide; for the proof, into policy/settle.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -45,7 +45,9 @@ class Actuator:
             return self._refused(error.why)
         if memory is None and pending.gpu is not None:
             return self._refused("the GPU cannot be read any more")
-        if pending.demand is not None and memory is not None and memory.free_bytes >= pending.demand.need_free_bytes:
+        leased = 0 if pending.gpu is None else snapshot.leased_on(pending.gpu)
+        need = None if pending.demand is None else pending.demand.need_free_bytes + leased
+        if need is not None and memory is not None and memory.free_bytes >= need:
             return self._refused("room appeared while looking: nothing to do")
         return await self._post(pending.action, memory)
 

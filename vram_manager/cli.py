@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -200,6 +201,149 @@ def free(stage: str, force: bool, model: str | None, wait: bool, as_json: bool) 
             click.echo(json.dumps(event) if as_json else event_line(event))
             sys.exit(0 if event["type"] == "freed" else EXIT_WRONG)
     _fail(EXIT_UNREACHABLE, "the daemon went away before the proof")
+
+
+def _asking(function: Any) -> Any:
+    """The options of `check` and `exec`: what is needed, where, and how urgently."""
+    for option in reversed(
+        (
+            click.option("--model", metavar="NAME", help="Estimate for this model instead of a size."),
+            click.option("--context", type=click.IntRange(1), metavar="TOKENS", help="Context of an Ollama model."),
+            click.option("--workflow", type=click.File("rb"), metavar="FILE", help="Estimate for a ComfyUI prompt."),
+            click.option("--gpu", metavar="GPU", help="Index or UUID; else the one with most room."),
+            click.option("--margin-mb", type=click.IntRange(0), metavar="MIB", help="Instead of the safety margin."),
+            click.option("--priority", type=click.Choice(["interactive", "normal", "batch"])),
+            click.option("--strict", is_flag=True, help="Exit 4 when no daemon answers, instead of going on."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _wish(required: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What `check` and `lease` of the client take."""
+    if options["workflow"] is not None:
+        try:
+            options["workflow"] = json.load(options["workflow"])
+        except ValueError as error:
+            raise click.UsageError(f"--workflow: not JSON: {error}") from error
+    if sum(given is not None for given in (required, options["model"], options["workflow"])) == 0:
+        raise click.UsageError("say how much: a size such as 24GiB, --model NAME or --workflow FILE")
+    return {"required": required, **options}
+
+
+def _client(strict: bool, owner: str | None = None) -> Any:
+    """A client that goes on without a daemon unless that is forbidden, and says so in one line."""
+    import warnings
+
+    from vram_manager.client import VramClient
+
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"vram-manager: warning: {message}", err=True)
+    warnings.simplefilter("always")
+    return VramClient(owner=owner, fail_open=False if strict else None)
+
+
+@cli.command()
+@click.argument("required", required=False, metavar="[SIZE]")
+@_asking
+@_json_option
+def check(required: str | None, as_json: bool, strict: bool, **options: Any) -> None:
+    """Is there room for SIZE (24GiB, 11.5GB, 90%) now? Nothing is reserved.
+
+    Exit 0 admitted, 3 refused. No daemon: exit 0 with a warning, or 4 with --strict.
+    """
+    from dataclasses import asdict
+
+    from vram_manager.errors import InvalidRequest
+
+    try:
+        admission = _client(strict).check(**_wish(required, options))
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        _print_json(asdict(admission))
+    else:
+        click.echo(f"{'Admitted' if admission.admitted else 'Refused'}: {admission.reason}")
+        for alternative in admission.alternatives:
+            click.echo(f"  would fit now: {alternative.words}")
+    sys.exit(0 if admission.admitted else EXIT_REFUSED)
+
+
+@cli.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--need", metavar="SIZE", help="What CMD will take, such as 24GiB or 90%.")
+@click.option("--wait", "wait_seconds", type=click.FloatRange(0), metavar="SECONDS", help="How long to wait in line.")
+@click.option("--owner", metavar="NAME", help="Who asks; else the name of CMD.")
+@_asking
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
+def execute(
+    need: str | None,
+    wait_seconds: float | None,
+    owner: str | None,
+    strict: bool,
+    command: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Runs CMD with its memory promised for as long as it lives, and ends with its exit status.
+
+    Exit 3 refused, 4 no daemon and --strict; 126 and 127 CMD cannot be run; 128 + N ended by signal N.
+    """
+    from vram_manager.errors import InsufficientVram, InvalidRequest
+
+    client = _client(strict, owner or f"{Path(command[0]).name}-{os.getpid()}")
+    try:
+        lease = client.lease(wait_seconds=wait_seconds, **_wish(need, options)).acquire()
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error
+    except InsufficientVram as error:
+        _fail(EXIT_REFUSED, f"Refused: {error}")
+    with lease:
+        sys.exit(_run(command, lease))
+
+
+def _run(command: tuple[str, ...], lease: Any) -> int:
+    """The exit status of the command, whom the signals that reach this process are passed on to."""
+    import signal
+    import subprocess
+
+    from vram_manager.client import call
+
+    hold = lease.hold_fd
+    try:
+        # The command has the connection too: should this process be killed, the lease still lives as long as it.
+        child = subprocess.Popen(command, pass_fds=() if hold is None else (hold,))
+    except OSError as error:
+        click.echo(f"vram-manager: {command[0]}: {error.strerror}", err=True)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT):
+        # A terminal sends these two to the command itself.
+        from_terminal = number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin is not None and sys.stdin.isatty()
+        signal.signal(number, signal.SIG_IGN if from_terminal else lambda number, _: child.send_signal(number))
+    if lease.id is not None:
+        with contextlib.suppress(Unreachable):
+            call("POST", f"/v1/leases/{lease.id}/renew", {"pid": child.pid})
+    status = child.wait()
+    return 128 - status if status < 0 else status
+
+
+@cli.command()
+@click.option("--release", "ended", metavar="ID", help="End this lease instead of listing them.")
+@_json_option
+def leases(ended: str | None, as_json: bool) -> None:
+    """Who was promised how much, and who waits in line."""
+    from vram_manager.client import call
+    from vram_manager.report import leases_in_words
+
+    if ended is not None:
+        reply = call("DELETE", f"/v1/leases/{quote(ended, safe='')}")
+        if reply.status != 204:
+            _fail(EXIT_WRONG, reply.error or f"{ended!r} is the id of no lease")
+        click.echo(f"Released {ended}")
+        return
+    listed = _get("/v1/leases")
+    if as_json:
+        _print_json(listed)
+    else:
+        click.echo(leases_in_words(listed))
 
 
 @cli.command()

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from vram_manager.errors import SettingsError
 from vram_manager.domain.size import MIB, Size, gib, parse_size
+from vram_manager.errors import SettingsError
 from vram_manager.policy.rules import Rules
 
 Profile: TypeAlias = Literal["balanced", "chat", "image"]

@@ -82,6 +82,8 @@ class Cycle:
         self.decision: Decision | None = None
         self.turned_at: float | None = None
         self.on_turn: Callable[[float], None] = lambda seconds: None
+        self.see: Callable[[Snapshot], Snapshot] = lambda snapshot: snapshot
+        """Adds to what was seen what is asked of the daemon itself and what it has promised."""
 
     async def run(self) -> None:
         """Turns until cancelled."""
@@ -99,7 +101,7 @@ class Cycle:
     def turn(self) -> float:
         """One turn; how many seconds until the next one if nothing happens before."""
         began = self._clock.monotonic()
-        snapshot = self._observer.look()
+        snapshot = self.see(self._observer.look())
         while self._inbox:
             match self._inbox.popleft():
                 case _Report() as report:

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from loguru import logger
 
 from vram_manager import __version__
 from vram_manager.actuator import Actuator
+from vram_manager.admissions import Admissions
+from vram_manager.api.admissions import AdmissionRoutes
 from vram_manager.api.app import Parts, app
 from vram_manager.api.server import serving, tcp_socket, unix_socket
 from vram_manager.backends import ComfyUI, Ollama
@@ -28,12 +30,17 @@ from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
 from vram_manager.config import Settings, unknown_names
 from vram_manager.cycle import Cycle
+from vram_manager.domain.lease import Lease
+from vram_manager.domain.snapshot import Snapshot
+from vram_manager.estimates import Estimates
 from vram_manager.gpus import GpuSensor
 from vram_manager.gpus.nvml import NvmlSensor
 from vram_manager.journal import Journal
 from vram_manager.metrics import Metrics
 from vram_manager.observer import Observer
+from vram_manager.processes import Processes
 from vram_manager.store import Store
+from vram_manager.workers import Workers
 
 # Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
 EXIT_RESTART = 75
@@ -52,6 +59,10 @@ class Daemon:
     cycle: Cycle
     journal: Journal
     metrics: Metrics
+    admissions: Admissions
+    workers: Workers
+    estimates: Estimates
+    processes: Processes
 
     async def run(self) -> None:
         """Reads, turns and records until cancelled; the death of any part ends all."""
@@ -59,12 +70,23 @@ class Daemon:
             tasks.create_task(self.journal.write_behind(), name="write history")
             tasks.create_task(self.observer.run(), name="observe")
             tasks.create_task(self.cycle.run(), name="cycle")
+            tasks.create_task(self.admissions.run(), name="admissions")
+            tasks.create_task(self.estimates.write_behind(), name="write estimates")
+
+    def close(self) -> None:
+        """Writes what is not yet written, and closes the history. Blocks."""
+        self.admissions.close()
+        self.estimates.flush()
+        self.journal.close()
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """The socket answers inside the block, and TCP where it was asked for."""
         service = self.settings.service
-        parts = Parts(self.clock, self.cycle, self.observer, self.journal, self.metrics.render)
+        admissions = AdmissionRoutes(self.clock, self.admissions, self.estimates, self.cycle.rules, self.processes)
+        parts = Parts(
+            self.clock, self.cycle, self.observer, self.journal, self.metrics.render, admissions, self.workers
+        )
         async with contextlib.AsyncExitStack() as stack:
             path = service.vram_socket
             listener = unix_socket(path)
@@ -76,6 +98,7 @@ class Daemon:
                 await stack.enter_async_context(serving(guarded, tcp))
             # First of all at the end: a stream that is followed would keep the server waiting.
             stack.callback(self.journal.hang_up)
+            stack.callback(self.admissions.hang_up)
             yield
 
 
@@ -102,10 +125,37 @@ def build(
     soft_body = settings.comfyui.comfyui_soft_free_body
     actuator = Actuator(clock, gpus=gpus, ollama=ollama, comfyui=comfyui, soft_body=soft_body)
     cycle = Cycle(clock, observer, actuator, journal, rules)
-    metrics = Metrics(clock, cycle, observer)
+    processes = Processes()
+    estimates = Estimates(clock, store, rules, ollama=ollama, comfyui=comfyui)
+    admissions = Admissions(clock, observer, journal, store, rules, processes)
+    workers = Workers(
+        clock,
+        journal,
+        rules,
+        snapshot=observer.look,
+        leased_bytes=admissions.leased_to,
+        on_claim=admissions.owner_holds,
+        on_demand=observer.changed.set,
+    )
+    metrics = Metrics(clock, cycle, observer, admissions, workers)
     journal.listen(metrics.count)
     cycle.on_turn = metrics.turned
-    return Daemon(settings, clock, observer, cycle, journal, metrics)
+    admissions.on_answer = metrics.answered
+
+    def lease_ended(lease: Lease) -> None:
+        metrics.lease_ended(lease)
+        if lease.estimate.subject is not None and lease.peak_bytes:
+            estimates.learn(lease.estimate.subject, peak_bytes=lease.peak_bytes)
+
+    def see(snapshot: Snapshot) -> Snapshot:
+        estimates.notice(snapshot)
+        workers.turned(snapshot)
+        snapshot = admissions.seen(snapshot)
+        return replace(snapshot, asks=(*snapshot.asks, *workers.demands(snapshot.taken_at)))
+
+    admissions.on_end = lease_ended
+    cycle.see = see
+    return Daemon(settings, clock, observer, cycle, journal, metrics, admissions, workers, estimates, processes)
 
 
 def log_to(stream: Any, *, json_lines: bool, debug: bool) -> None:
@@ -135,6 +185,8 @@ def _as_json_line(message: Any) -> str:
     body: dict[str, object] = {"at": at, "level": record["level"].name, "message": record["message"]}
     if (event := record["extra"].get("event")) is not None:
         body["event"] = event
+    if (point := record["extra"].get("snapshot")) is not None:
+        body["snapshot"] = point
     if (problem := record["exception"]) is not None:
         body["error"] = repr(problem.value)
         body["traceback"] = "".join(traceback.format_exception(*problem))
@@ -164,7 +216,7 @@ async def serve(settings: Settings) -> int:
             if server is not None:
                 stack.push_async_callback(server.aclose)
         daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui)
-        stack.callback(daemon.journal.close)
+        stack.callback(daemon.close)
         await stack.enter_async_context(daemon.listening())
         logger.info("Listening on {}", settings.service.vram_socket)
         status = await _until_stopped(daemon, nvml, stop)

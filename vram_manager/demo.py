@@ -19,6 +19,7 @@ from vram_manager.backends.http import JsonClient
 from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
 from vram_manager.config import (
+    AdmissionSettings,
     ComfyUISettings,
     GpuSettings,
     OllamaSettings,
@@ -28,8 +29,8 @@ from vram_manager.config import (
 )
 from vram_manager.daemon import Daemon, build, log_to
 from vram_manager.domain.event import EventType
-from vram_manager.journal import Entry
 from vram_manager.domain.size import gib
+from vram_manager.journal import Entry
 from vram_manager.report import bar
 from vram_manager.simulator.serve import serving
 from vram_manager.simulator.world import World, txt2img
@@ -92,6 +93,7 @@ def _settings(ollama_url: str, comfyui_url: str, directory: Path) -> Settings:
         comfyui=ComfyUISettings.model_construct(comfyui_url=comfyui_url),
         policy=PolicySettings.model_construct(),
         gpu=GpuSettings.model_construct(),
+        admission=AdmissionSettings.model_construct(),
         service=ServiceSettings.model_construct(vram_socket=directory / "vram.sock", vram_state_dir=directory),
     )
 
@@ -113,7 +115,7 @@ async def _daemon_on(world: World, ollama_url: str, comfyui_url: str, directory:
         await asyncio.gather(work, return_exceptions=True)
         await ollama.aclose()
         await comfyui.aclose()
-        daemon.journal.close()
+        daemon.close()
 
 
 async def _play(pause: float) -> int:

@@ -275,6 +275,8 @@ def line(entry: Entry) -> tuple[str, str]:
             return "DEBUG", f"Asked {who} to free memory ({stage}{event.reason}) {tag}"
         case EventType.FREE_REFUSED:
             return "WARNING", f"{who} free not asked: {event.reason} {tag}"
+        case EventType.DRY_RUN if (event.target or "").startswith("worker:"):
+            return "INFO", f"DRY RUN: would refuse {who}: {event.reason} {tag}"
         case EventType.DRY_RUN:
             return "INFO", f"DRY RUN: would ask for {event.reason} {tag}"
         case EventType.MODEL_DETECTED:

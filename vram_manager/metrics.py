@@ -5,16 +5,18 @@ What is not known has no sample: a gap in a graph, never a zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.domain.event import EventType
+from vram_manager.domain.lease import Book, Lease
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
 from vram_manager.domain.snapshot import GpuMemory, Snapshot
 from vram_manager.domain.watch import Watch
@@ -43,14 +45,34 @@ class Sensing(Protocol):
     def sensors(self) -> dict[str, Reading[object]]: ...
 
 
+class Promising(Protocol):
+    """What the gauges of leases are read from."""
+
+    book: Book
+
+
+class Watching(Protocol):
+    """What the numbers of workers are read from."""
+
+    soft_violations: int
+    hard_violations: int
+    leaks: int
+
+    def memory(self) -> Mapping[str, int]: ...
+
+
 class Metrics(Collector):
     """All metrics of one daemon, in a registry of their own."""
 
-    def __init__(self, clock: Clock, cycle: Watched, observer: Sensing) -> None:
+    def __init__(
+        self, clock: Clock, cycle: Watched, observer: Sensing, admissions: Promising, workers: Watching
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._clock = clock
         self._cycle = cycle
         self._observer = observer
+        self._admissions = admissions
+        self._workers = workers
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._frees = self._counter("frees", "Frees by how they ended.", ("target", "stage", "outcome"))
@@ -63,17 +85,31 @@ class Metrics(Collector):
             "cycle_duration_seconds", "One turn of the cycle.", (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1)
         )
 
+        self._admitted = self._counter("admissions", "Admission requests by how they ended.", ("outcome",))
+        self._waits = self._histogram(
+            "admission_wait_seconds",
+            "From an admission request to its answer.",
+            (0.001, 0.005, 0.05, 0.5, 1, 5, 15, 60, 300, 1800),
+        )
+        self._peak_ratios = self._histogram(
+            "estimate_peak_ratio",
+            "Measured peak of a lease over what was estimated: above 1 the estimate was too small.",
+            (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4),
+            ("source",),
+        )
+
     def _counter(self, name: str, words: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(PREFIX + name, words, labels, registry=self._registry)
 
-    def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, words, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(PREFIX + name, words, labels, buckets=buckets, registry=self._registry)
 
     def count(self, entry: Entry) -> None:
         """Counts one journal entry."""
         event = entry.event
         target, stage = (event.target or "").partition(":")[0], event.stage or ""
-        if (outcome := _OUTCOMES.get(event.type)) is not None:
+        # A dry run that would have refused a worker is no free.
+        if (outcome := _OUTCOMES.get(event.type)) is not None and target != "worker":
             self._frees.labels(target, stage, outcome).inc()
         if event.type is EventType.FREED:
             self._freed.labels(target, stage).inc(event.freed_bytes or 0)
@@ -85,11 +121,21 @@ class Metrics(Collector):
         """Counts one turn."""
         self._turns.observe(seconds)
 
+    def answered(self, outcome: str, waited_seconds: float) -> None:
+        """Counts one admission request."""
+        self._admitted.labels(outcome).inc()
+        self._waits.observe(waited_seconds)
+
+    def lease_ended(self, lease: Lease) -> None:
+        """Counts how good the estimate of a lease was, where its peak was seen."""
+        if lease.peak_bytes and lease.bytes:
+            self._peak_ratios.labels(str(lease.estimate.source)).observe(lease.peak_bytes / lease.bytes)
+
     def render(self) -> bytes:
         """The text exposition format, version 0.0.4."""
         return generate_latest(self._registry)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Gauges from the last turn."""
         yield self._gauge("build_info", "The running version.", {(__version__,): 1.0}, ("version",))
         snapshot = self._cycle.snapshot
@@ -102,6 +148,7 @@ class Metrics(Collector):
             {(gpu,): float(size) for gpu, size in self._cycle.watch.unreclaimable.items()},
             ("gpu",),
         )
+        yield from self._promises()
         up: dict[tuple[str, ...], float] = {}
         ages: dict[tuple[str, ...], float] = {}
         now = self._clock.monotonic()
@@ -114,6 +161,24 @@ class Metrics(Collector):
                 ages[(sensor,)] = max(0.0, now - last)
         yield self._gauge("sensor_up", "1 when the sensor's last reading can be used.", up, ("sensor",))
         yield self._gauge("reading_age_seconds", "Age of the sensor's last reading.", ages, ("sensor",))
+
+    def _promises(self) -> Iterator[Metric]:
+        book = self._admissions.book
+        leased: dict[tuple[str, ...], float] = {}
+        over: dict[tuple[str, ...], float] = {}
+        for lease in book.leases.values():
+            leased[(lease.gpu or "",)] = leased.get((lease.gpu or "",), 0.0) + lease.bytes
+            over[(lease.owner,)] = over.get((lease.owner,), 0.0) + lease.overclaimed_bytes
+        yield self._gauge("gpu_memory_leased_bytes", "Memory promised to lease holders.", leased, ("gpu",))
+        yield self._gauge("lease_overclaimed_bytes", "Memory taken beyond what was leased.", over, ("owner",))
+        yield self._gauge("leases", "Live leases.", {(): float(len(book.leases))}, ())
+        yield self._gauge("admissions_waiting", "Admission requests in line.", {(): float(len(book.line))}, ())
+        held: dict[tuple[str, ...], float] = {(owner,): float(size) for owner, size in self._workers.memory().items()}
+        yield self._gauge("worker_memory_bytes", "GPU memory a worker last reported as its own.", held, ("owner",))
+        soft, hard, leaks = self._workers.soft_violations, self._workers.hard_violations, self._workers.leaks
+        yield self._sum("soft_limit_violations", "Use that stayed above the soft limit.", soft)
+        yield self._sum("hard_limit_violations", "Checks answered with: stop before you allocate.", hard)
+        yield self._sum("leaks", "Workers whose memory between generations kept growing.", leaks)
 
     def _gpu_gauges(self, snapshot: Snapshot) -> Iterator[GaugeMetricFamily]:
         memories = {}
@@ -146,6 +211,10 @@ class Metrics(Collector):
         if isinstance(snapshot.queue, Seen):
             remaining: dict[tuple[str, ...], float] = {(): float(snapshot.queue.value.remaining)}
             yield self._gauge("comfyui_queue_remaining", "Prompts running or waiting in ComfyUI.", remaining, ())
+
+    @staticmethod
+    def _sum(name: str, words: str, number: int) -> Metric:
+        return CounterMetricFamily(PREFIX + name, words, value=number)
 
     @staticmethod
     def _gauge(

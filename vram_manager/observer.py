@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from vram_manager.backends import ComfyUI, Ollama
 from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
-from vram_manager.domain.snapshot import ComfyUIState, GpuMemory, Gpus, OllamaState, Queue, Snapshot
+from vram_manager.domain.snapshot import ComfyUIState, Gpu, GpuMemory, Gpus, OllamaState, Queue, Snapshot
 from vram_manager.errors import SensorError, TimedOut
 from vram_manager.gpus import GpuSensor
 
@@ -36,11 +37,16 @@ PROCESSES_MOVED_BYTES = 2**28
 RECONNECT_SECONDS = 5.0
 # A sensor that hangs at the start keeps the others waiting no longer than this; a first NVML call may take seconds.
 FIRST_LOOK_SECONDS = 5.0
+# Longest wait for a fresh look at the GPUs before a promise; one takes a millisecond.
+FRESH_SECONDS = 0.5
 
 
 @dataclass(slots=True)
 class _Sense(Generic[T]):
-    """One thing that is read again and again. `fold` joins a new value with the one before."""
+    """One thing that is read again and again. `fold` joins a new value with the one before.
+
+    A reading `of_its_begin` is as old as the question: what was true when it came back need not be in it.
+    """
 
     sensor: str
     read: Callable[[], Awaitable[T]]
@@ -51,6 +57,7 @@ class _Sense(Generic[T]):
     reading: Seen[T] | Missing
     last: T | None = None
     tried: bool = False
+    of_its_begin: bool = False
 
     def now(self, at: float) -> Seen[T] | Missing:
         """The reading as it may be used at `at`: too old is Missing."""
@@ -84,6 +91,10 @@ class Observer:
         self._free_at_processes: dict[str, int] = {}
         self._last_queue: Queue | None = None
         self._followed = False
+        self._looking: asyncio.Task[None] | None = None
+        self._list_is_new = False
+        self.follow_processes = False
+        """Somebody's memory is told by its process: the list is read again whenever memory has moved."""
         self._told: dict[str, str] = {}
         slow = interval_seconds
         self._gpus: _Sense[Gpus] | None = (
@@ -93,6 +104,8 @@ class Observer:
                 "nvml", self._read_gpus, _keep_processes, min(slow, GPU_SECONDS), GPU_FAST_SECONDS, GPU_LIMIT_SECONDS
             )
         )
+        if self._gpus is not None:
+            self._gpus.of_its_begin = True
         self._ollama: _Sense[OllamaState] | None = (
             None
             if ollama is None
@@ -153,6 +166,28 @@ class Observer:
                 states[sense.sensor] = reading
         return states
 
+    async def look_again(self, max_age_seconds: float, *, with_processes: bool = False) -> None:
+        """The GPUs are read now, unless that was done less than so long ago: a promise needs fresh numbers.
+
+        Waits no longer than FRESH_SECONDS; what a driver that hangs does not tell stays as old as it is.
+        """
+        sense = self._gpus
+        if sense is None:
+            return
+        # Twice: a look under way that is joined may have been begun without the processes.
+        for _ in range(2):
+            known = sense.reading.at if isinstance(sense.reading, Seen) else float("-inf")
+            fresh = self._clock.monotonic() - known <= max_age_seconds
+            if fresh and (self._list_is_new or not with_processes):
+                return
+            if self._looking is None or self._looking.done():
+                read = partial(self._read_gpus, wanted=with_processes)
+                self._looking = asyncio.create_task(self._read(sense, read), name="look again")
+            await asyncio.wait({self._looking}, timeout=FRESH_SECONDS)
+            if not self._looking.done():
+                return
+            self._looking.result()
+
     def pace(self, seconds: float) -> None:
         """How fast the cycle beats now: sensors that can follow, do."""
         if seconds < self._pace_seconds:
@@ -190,11 +225,12 @@ class Observer:
             return QUEUE_FOLLOWED_SECONDS
         return min(sense.slow_seconds, max(sense.fast_seconds, self._pace_seconds))
 
-    async def _read(self, sense: _Sense[T]) -> None:
+    async def _read(self, sense: _Sense[T], read: Callable[[], Awaitable[T]] | None = None) -> None:
+        began = self._clock.monotonic()
         first, was_missing = not sense.tried, isinstance(sense.now(self._clock.monotonic()), Missing)
         before = sense.last
         try:
-            value = await sense.read()
+            value = await (read or sense.read)()
         except TimedOut as error:
             # Slow is not down: the last reading stays and ages until its limit.
             if isinstance(sense.reading, Missing):
@@ -203,17 +239,18 @@ class Observer:
             last = sense.reading.at if isinstance(sense.reading, Seen) else sense.reading.last_seen_at
             sense.reading = Missing(error.why, error.remedy, last)
         else:
-            at = self._clock.monotonic()
-            sense.last = sense.fold(before, value, at)
+            at = began if sense.of_its_begin else self._clock.monotonic()
+            sense.last = sense.fold(sense.last, value, at)
             sense.reading = Seen(sense.last, at)
         sense.tried = True
         if first or was_missing != isinstance(sense.reading, Missing) or _matters(before, sense.reading):
             self.changed.set()
 
-    async def _read_gpus(self) -> Gpus:
+    async def _read_gpus(self, *, wanted: bool = False) -> Gpus:
         assert self._gpu_sensor is not None
-        due = self._processes_due()
+        due = wanted or self._processes_due()
         gpus = await self._gpu_sensor.read(with_processes=due)
+        self._list_is_new = due
         if due:
             self._processes_at = self._clock.monotonic()
             self._free_at_processes = _free_bytes(gpus)
@@ -224,7 +261,7 @@ class Observer:
         known = self._gpus.reading if self._gpus is not None else None
         if self._processes_at is None or not isinstance(known, Seen):
             return True
-        fast = self._pace_seconds <= 1.0
+        fast = self._pace_seconds <= 1.0 or self.follow_processes
         then, now = self._free_at_processes, _free_bytes(known.value)
         if fast and any(abs(free - then.get(uuid, 0)) >= PROCESSES_MOVED_BYTES for uuid, free in now.items()):
             return True
@@ -307,6 +344,7 @@ def _keep_processes(before: Gpus | None, value: Gpus, at: float) -> Gpus:
         replace(
             gpu,
             processes=known[gpu.uuid].processes,
+            listed_free_bytes=_listed_free_bytes(known[gpu.uuid]),
             temperature_celsius=known[gpu.uuid].temperature_celsius,
             power_watts=known[gpu.uuid].power_watts,
         )
@@ -315,6 +353,13 @@ def _keep_processes(before: Gpus | None, value: Gpus, at: float) -> Gpus:
         for gpu in value.gpus
     )
     return replace(value, gpus=kept)
+
+
+def _listed_free_bytes(known: Gpu) -> int | None:
+    """What was free when the processes of `known` were listed."""
+    if known.listed_free_bytes is not None:
+        return known.listed_free_bytes
+    return known.memory.free_bytes if isinstance(known.memory, GpuMemory) else None
 
 
 def _traffic(before: OllamaState | None, value: OllamaState, at: float) -> OllamaState:

@@ -20,6 +20,8 @@ def in_words(snapshot: dict[str, Any], events: list[dict[str, Any]]) -> str:
     """The whole report."""
     lines = [f"GPU memory at {_clock(snapshot['taken_at'])}", "=" * WIDTH]
     lines += [*_gpus(snapshot), "", *_ollama(snapshot["ollama"]), "", *_comfyui(snapshot["comfyui"])]
+    if snapshot["leases"]:
+        lines += ["", "Leases", *(f"   {_lease(lease)}" for lease in snapshot["leases"])]
     if snapshot["demands"]:
         lines += ["", "Who needs memory"]
         lines += [
@@ -83,6 +85,29 @@ def _ollama(ollama: dict[str, Any] | None) -> list[str]:
         context = f", context {model['context_length']}" if model["context_length"] else ""
         lines.append(f"   {model['name']:<28} {gib(model['size_bytes']):>10}  {place}{context}")
     return lines if ollama["models"] else [*lines, "   no model loaded"]
+
+
+def leases_in_words(listed: dict[str, Any]) -> str:
+    """Leases, oldest first, and the line in its order."""
+    lines = [_lease(lease) for lease in listed["leases"]] or ["No lease is live."]
+    lines += ["Waiting in line"] if listed["line"] else []
+    for one in listed["line"]:
+        when = "no ETA" if one["eta_seconds"] is None else f"ETA {one['eta_seconds']:.0f} s (estimate)"
+        lines.append(
+            f"  {one['position']}. {one['owner']}: {gib(one['required_bytes'])}, {one['priority']}, "
+            f"for {one['waited_seconds']:.0f} s, {when}"
+        )
+    return "\n".join(lines)
+
+
+def _lease(lease: dict[str, Any]) -> str:
+    until = "held by its connection" if lease["expires_at"] is None else f"until {_clock(lease['expires_at'])}"
+    over = f", {gib(lease['overclaimed_bytes'])} MORE THAN ASKED FOR" if lease["overclaimed_bytes"] else ""
+    peak = "" if lease["peak_bytes"] is None else f", peak {gib(lease['peak_bytes'])}"
+    return (
+        f"{lease['id']}  {lease['owner']}: {gib(lease['bytes'])} ({lease['estimate_source']}), "
+        f"{gib(lease['visible_bytes'])} taken{peak}{over}; {until}"
+    )
 
 
 def _comfyui(comfyui: dict[str, Any] | None) -> list[str]:

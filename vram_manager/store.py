@@ -1,25 +1,31 @@
 """The SQLite file under VRAM_STATE_DIR: what happened, so that a restart forgets nothing.
 
-Every call here blocks; the journal makes them in a worker thread. A database that is corrupt is set aside under
+Every call here blocks; whoever writes does so in a worker thread. A database that is corrupt is set aside under
 another name, one that cannot be written gives way to memory; `problem` says so in words.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 FILE_NAME = "history.sqlite3"
 # About 300 bytes a row: some 30 MB at most. Older rows are dropped.
 MAX_EVENTS = 100_000
+# About 100 bytes a row. All are read at the start, in some 20 ms.
+MAX_PEAKS = 10_000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, at TEXT NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS peaks (subject TEXT NOT NULL, at TEXT NOT NULL, peak_bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS leases (id TEXT PRIMARY KEY, body TEXT NOT NULL);
 """
 # Named, as a newer version may have added some.
 _COLUMNS = "seq, at, type, body"
+_PEAK_COLUMNS = "subject, at, peak_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +38,21 @@ class Row:
     body: str
 
 
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most memory that one run of `subject` held; `at` is RFC 3339 UTC."""
+
+    subject: str
+    at: str
+    peak_bytes: int
+
+
 class Store:
-    """An open history. Not thread-safe: one call at a time."""
+    """An open history. Any thread may call; one call waits for another."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path | None, problem: str | None) -> None:
         self._connection = connection
+        self._one_at_a_time = threading.Lock()
         self.path = path
         self.problem = problem
 
@@ -61,7 +77,7 @@ class Store:
 
     def append(self, rows: Iterable[Row]) -> None:
         """Stores `rows` at once or not at all. Raises sqlite3.Error, for example when the disk is full."""
-        with self._connection:
+        with self._one_at_a_time, self._connection:
             self._connection.executemany(
                 f"INSERT OR REPLACE INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?)",
                 [(row.seq, row.at, row.type, row.body) for row in rows],
@@ -71,15 +87,50 @@ class Store:
     def newest(self, limit: int) -> list[Row]:
         """The newest `limit` events, oldest first."""
         newest = f"SELECT {_COLUMNS} FROM events ORDER BY seq DESC LIMIT ?"
-        found = self._connection.execute(newest, (limit,)).fetchall()
+        with self._one_at_a_time:
+            found = self._connection.execute(newest, (limit,)).fetchall()
         return [Row(*row) for row in reversed(found)]
 
+    def leases(self) -> dict[str, str]:
+        """The live leases of the last run, as JSON by id."""
+        with self._one_at_a_time:
+            return dict(self._connection.execute("SELECT id, body FROM leases").fetchall())
+
+    def save_leases(self, bodies: Mapping[str, str | None]) -> None:
+        """Writes leases by id, None for one that is over, at once or not at all. Raises sqlite3.Error."""
+        with self._one_at_a_time, self._connection:
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO leases (id, body) VALUES (?, ?)",
+                [(key, body) for key, body in bodies.items() if body is not None],
+            )
+            self._connection.executemany(
+                "DELETE FROM leases WHERE id = ?", [(key,) for key, body in bodies.items() if body is None]
+            )
+
+    def add_peaks(self, peaks: Iterable[Peak]) -> None:
+        """Stores `peaks` at once or not at all. Raises sqlite3.Error."""
+        with self._one_at_a_time, self._connection:
+            self._connection.executemany(
+                f"INSERT INTO peaks ({_PEAK_COLUMNS}) VALUES (?, ?, ?)",
+                [(peak.subject, peak.at, peak.peak_bytes) for peak in peaks],
+            )
+            self._connection.execute(
+                "DELETE FROM peaks WHERE rowid <= (SELECT max(rowid) FROM peaks) - ?", (MAX_PEAKS,)
+            )
+
+    def peaks(self) -> list[Peak]:
+        """All that are kept, oldest first."""
+        with self._one_at_a_time:
+            found = self._connection.execute(f"SELECT {_PEAK_COLUMNS} FROM peaks ORDER BY rowid").fetchall()
+        return [Peak(*peak) for peak in found]
+
     def close(self) -> None:
-        self._connection.close()
+        with self._one_at_a_time:
+            self._connection.close()
 
 
 def _connect(name: str) -> sqlite3.Connection:
-    # Every call comes through the journal's single writer, though not always on the same worker thread.
+    # Calls come from worker threads, never two at a time (Store has a lock).
     connection = sqlite3.connect(name, timeout=2.0, check_same_thread=False)
     # SQLite does not check what is inside a text: bytes that are none make one row unreadable, not the history.
     connection.text_factory = lambda raw: raw.decode(errors="replace")
@@ -91,6 +142,7 @@ def _connect(name: str) -> sqlite3.Connection:
         if verdict != ("ok",):
             raise sqlite3.DatabaseError(str(verdict[0]))
         connection.execute(f"SELECT {_COLUMNS} FROM events LIMIT 0")
+        connection.execute(f"SELECT {_PEAK_COLUMNS} FROM peaks LIMIT 0")
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
     except sqlite3.Error:

@@ -114,7 +114,7 @@ def serve(environment: Callable[..., None], tmp_path: Path) -> Callable[..., Any
         flight = Flight()
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(flight.end)
-            stack.callback(daemon.daemon.journal.close)
+            stack.callback(daemon.daemon.close)
             stack.push_async_callback(daemon.http.aclose)
             await stack.enter_async_context(daemon.daemon.listening())
             if working:

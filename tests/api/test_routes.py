@@ -21,7 +21,8 @@ from vram_manager.errors import SensorError
 
 pytestmark = pytest.mark.asyncio
 
-GETS = [path for path, verbs in DOCUMENT["paths"].items() if "get" in verbs]
+# Those of one lease need a lease: tests/api/test_admissions.py.
+GETS = [path for path, verbs in DOCUMENT["paths"].items() if "get" in verbs and "{" not in path]
 JSON_GETS = [path for path in GETS if path != "/metrics"]
 Serve = Callable[..., Any]
 
@@ -71,7 +72,8 @@ async def test_the_document_names_every_route_and_no_other(served: Served):
         for verb in ("get", "post", "put", "delete", "patch"):
             reply = await served.http.request(verb, path)
             assert (reply.status_code != 405) == (verb in verbs), f"{verb} {path}"
-            assert reply.status_code != 404
+            # There is no lease named "{id}", and its route says so in words of its own.
+            assert reply.status_code != 404 or "{id} is no live lease" in reply.text
 
 
 async def test_health_is_ok_when_every_sensor_is(served: Served):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vram_manager.backends import ComfyUI
 from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.comfyui_replies import (
+    parse_model_sizes,
     parse_prompt,
     parse_queue,
     parse_status,
@@ -318,3 +319,48 @@ def test_of_a_recorded_websocket_only_the_status_messages_count(name: str) -> No
 )
 def test_every_other_message_is_nothing(message: str | bytes) -> None:
     assert parse_status(message) is None
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", names("comfyui", "experiment.models.vae*.json"))
+async def test_the_sizes_of_the_files_in_a_folder_are_read(server: respx.MockRouter, sut: ComfyUI, name: str) -> None:
+    server.get("/experiment/models/vae").mock(return_value=comfyui(name))
+    assert await sut.model_sizes("vae") == {"PROBE_vae.safetensors": 105, "fake_sd_vae.safetensors": 334641044}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", names("comfyui", "experiment.models.checkpoints*.json"))
+async def test_an_empty_folder_has_no_files(server: respx.MockRouter, sut: ComfyUI, name: str) -> None:
+    server.get("/experiment/models/checkpoints").mock(return_value=comfyui(name))
+    assert await sut.model_sizes("checkpoints") == {}
+
+
+@pytest.mark.asyncio
+async def test_a_folder_that_is_not_there_is_rejected(server: respx.MockRouter, sut: ComfyUI) -> None:
+    server.get("/experiment/models/no%2Fsuch").respond(404)
+    with pytest.raises(HttpStatus, match="GET /experiment/models/no%2Fsuch: HTTP 404"):
+        await sut.model_sizes("no/such")
+
+
+def test_files_in_subfolders_keep_their_path_and_files_without_a_size_are_left_out() -> None:
+    document = [{"name": "sub/a.safetensors", "size": 7}, {"name": "old.ckpt"}, {"name": "b.ckpt", "size": None}]
+    assert parse_model_sizes(document) == {"sub/a.safetensors": 7}
+
+
+def test_of_two_files_with_one_name_the_first_counts_as_it_is_the_one_that_is_loaded() -> None:
+    assert parse_model_sizes([{"name": "a", "size": 1}, {"name": "a", "size": 2}]) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        ({}, "files: must be a list, is an object"),
+        ([7], "files[0]: must be an object, is 7"),
+        ([{"name": "a", "size": -1}], "files[0].size: must be >= 0, is -1"),
+        ([{"size": 1}], "files[0].name: is missing"),
+    ],
+)
+def test_sizes_that_break_the_contract_are_rejected_with_the_place(document: object, why: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        parse_model_sizes(document)
+    assert caught.value.why == why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from vram_manager.backends import Ollama
 from vram_manager.backends.http import HttpStatus, JsonClient
-from vram_manager.backends.ollama import HttpOllama, parse_ps, parse_version
+from vram_manager.backends.ollama import HttpOllama, parse_ps, parse_show, parse_tags, parse_version
+from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.reading import Missing
 from vram_manager.errors import Rejected, SensorError, TimedOut
 
@@ -320,3 +322,223 @@ async def test_an_unload_that_gets_no_answer_is_timed_out_and_not_sent_again(
     with pytest.raises(TimedOut, match="POST /api/generate: no answer within 15 s"):
         await sut.unload("llama3.1:8b")
     assert generate.call_count == 1
+
+
+def show(*tensors: tuple[str, str, list[int]], **info: object) -> dict[str, Any]:
+    """A reply with these tensors; `info` counts for more than what the sample says, None takes a key away."""
+    document: dict[str, Any] = copy.deepcopy(ollama("show.json"))
+    document["tensors"] = [{"name": name, "type": kind, "shape": shape} for name, kind, shape in tensors]
+    elements = sum(math.prod(shape) for _, _, shape in tensors)
+    changed = document["model_info"] | {"general.parameter_count": elements} | info
+    document["model_info"] = {key: value for key, value in changed.items() if value is not None}
+    return document
+
+
+def test_the_library_has_digest_and_size_of_each_model_and_no_cloud_models() -> None:
+    assert parse_tags(ollama("tags.json")) == {
+        "llama3.1:8b": StoredModel(
+            digest="46e0c10c039e019119339687c3c1757cc81b9da49709a3b3924863ba87ca666e", file_bytes=4920753328
+        )
+    }
+
+
+def test_a_model_with_a_remote_host_is_left_out_whatever_it_is_called() -> None:
+    entry = {"name": "mine:8b", "digest": "ab", "size": 381}
+    assert list(parse_tags({"models": [entry]})) == ["mine:8b"]
+    assert parse_tags({"models": [entry | {"remote_host": "https://ollama.com:443"}]}) == {}
+    assert parse_tags({"models": [entry | {"name": "gpt-oss:120b-cloud"}]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        ({"models": [{"name": "a", "digest": "b"}]}, "models[0].size: is missing"),
+        ({"models": [{"name": "a", "digest": "b", "size": -1}]}, "models[0].size: must be >= 0, is -1"),
+        ({"models": None}, "models: must be a list, is null"),
+        ([], "the reply: must be an object, is a list"),
+    ],
+)
+def test_a_library_that_breaks_the_contract_is_rejected_with_the_place(document: object, why: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        parse_tags(document)
+    assert caught.value.why == why
+
+
+def test_the_facts_of_the_sample_are_read_as_they_are() -> None:
+    assert parse_show(ollama("show.json")) == ModelFacts(
+        architecture="llama",
+        weights_bytes=None,  # 3 tensors of 292 are not all of its 8030261312 parameters
+        layers=32,
+        embedding_length=4096,
+        heads=32,
+        kv_heads=8,
+        trained_context=131072,
+        asked_context=8192,
+    )
+
+
+def test_keys_of_the_models_own_architecture_count() -> None:
+    document = show(
+        **{
+            "general.architecture": "gemma3",
+            "gemma3.attention.key_length": 256,
+            "gemma3.attention.value_length": 128,
+            "gemma3.attention.sliding_window": 1024,
+            "gemma3.attention.sliding_window_pattern": 6,
+            "gemma3.block_count": 34,
+        }
+    )
+    facts = parse_show(document)
+    assert (facts.architecture, facts.layers, facts.heads) == ("gemma3", 34, None)
+    assert (facts.key_length, facts.value_length) == (256, 128)
+    assert (facts.sliding_window, facts.layer_pattern) == (1024, 6)
+
+
+@pytest.mark.parametrize("value", [None, [8, 8, 0, 8]])
+def test_a_number_for_each_layer_is_not_one_number(value: object) -> None:
+    document = ollama("show.json")
+    document["model_info"]["llama.attention.head_count_kv"] = value
+    assert parse_show(document).kv_heads is None
+
+
+EMBEDDING = ("token_embd.weight", "Q4_K", [256, 1000])
+OUTPUT = ("output.weight", "Q6_K", [256, 1000])
+NORM = ("output_norm.weight", "F32", [256])
+
+
+def test_the_input_embedding_stays_on_the_cpu_where_the_output_has_its_own() -> None:
+    assert parse_show(show(EMBEDDING, OUTPUT, NORM)).weights_bytes == 1000 * 210 + 256 * 4
+
+
+def test_an_embedding_that_is_the_output_too_counts() -> None:
+    assert parse_show(show(EMBEDDING, NORM)).weights_bytes == 1000 * 144 + 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("projector", "weights", "has"),
+    [
+        ({"general.parameter_count": 500}, 1000 * 144 + 1000, True),
+        ({"general.architecture": "clip"}, None, True),
+        ({}, 1000 * 144, False),
+        (None, 1000 * 144, False),
+    ],
+)
+def test_a_projector_counts_with_16_bits_for_each_parameter(
+    projector: dict[str, object] | None, weights: int | None, has: bool
+) -> None:
+    facts = parse_show(show(EMBEDDING) | {"projector_info": projector})
+    assert (facts.weights_bytes, facts.has_projector) == (weights, has)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(show(), id="no tensors"),
+        pytest.param(show() | {"tensors": None}, id="null"),
+        pytest.param(show(EMBEDDING, ("a", "Q9_Z", [256])), id="a type of the future"),
+        pytest.param(show(EMBEDDING, **{"general.parameter_count": 300_000}), id="some are not listed"),
+    ],
+)
+def test_weights_that_cannot_be_told_exactly_are_not_told(document: object) -> None:
+    assert parse_show(document).weights_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "context"),
+    [
+        ("num_ctx                        8192", 8192),
+        ('stop "a"\nnum_ctx 4096\nnum_gpu 1', 4096),
+        ("num_ctx 0", None),
+        ("num_ctx many", None),
+        ('stop "num_ctx 5"', None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_context_that_the_model_asks_for_is_in_its_parameters(parameters: object, context: int | None) -> None:
+    assert parse_show(ollama("show.json") | {"parameters": parameters}).asked_context == context
+
+
+def test_a_trained_context_of_nothing_is_not_told() -> None:
+    assert parse_show(show(**{"llama.context_length": 0})).trained_context is None
+
+
+def test_a_model_that_is_no_gguf_tells_little() -> None:
+    assert parse_show({"details": {"format": "safetensors"}}) == ModelFacts(architecture="unknown")
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        (show(**{"llama.block_count": "32"}), 'block_count: must be a integer, is "32"'),
+        (show(**{"llama.attention.head_count": -1}), "attention.head_count: must be >= 0, is -1"),
+        (show(**{"general.architecture": 7}), "general.architecture: must be a string, is 7"),
+        (show(("a", "F16", [2, -2])), "tensors[0].shape[1]: must be >= 0, is -2"),
+        ({"model_info": []}, "model_info: must be a dictionary, is a list"),
+        (None, "the reply: must be an object, is null"),
+    ],
+)
+def test_facts_that_break_the_contract_are_rejected_with_the_place(document: object, why: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        parse_show(document)
+    assert caught.value.why.replace("an integer", "a integer").replace("a valid ", "a ") == why
+
+
+INFO = st.dictionaries(
+    st.sampled_from(
+        ["general.architecture", "general.parameter_count", "llama.block_count", "llama.attention.head_count", "x"]
+    ),
+    st.sampled_from(["llama", "general"]) | st.integers(0, 2**60) | JSON,
+)
+TENSOR = st.fixed_dictionaries(
+    {"name": st.text(), "type": st.sampled_from(["F16", "Q4_K", "?"]), "shape": st.lists(st.integers(0, 2**51))}
+)
+
+
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        {}, optional={"model_info": INFO | JSON, "projector_info": INFO | JSON, "tensors": st.lists(TENSOR) | JSON}
+    )
+)
+def test_whatever_json_is_shown_it_is_parsed_or_rejected(document: object) -> None:
+    try:
+        facts, why = parse_show(document), ""
+    except Rejected as error:
+        facts, why = ModelFacts(architecture=""), error.why
+    assert why.isprintable()
+    assert facts.weights_bytes is None or facts.weights_bytes >= 0
+
+
+@pytest.mark.asyncio
+async def test_the_library_is_asked_of_api_tags(server: respx.MockRouter, sut: Ollama) -> None:
+    server.get("/api/tags").respond(json=ollama("tags.json"))
+    assert await sut.library() == parse_tags(ollama("tags.json"))
+
+
+@pytest.mark.asyncio
+async def test_showing_a_model_names_it_and_parses_the_reply(server: respx.MockRouter, sut: Ollama) -> None:
+    route = server.post("/api/show").respond(json=ollama("show.json"))
+    assert await sut.show("llama3.1:8b") == parse_show(ollama("show.json"))
+    assert json.loads(route.calls.last.request.content) == {"model": "llama3.1:8b"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (
+            httpx.Response(404, json=ollama("error.404.json")),
+            "POST /api/show: HTTP 404: model 'no-such-model' not found",
+        ),
+        (httpx.Response(200, html="<p>"), "POST /api/show: not JSON (text/html)"),
+        (httpx.Response(200, json=[]), "POST /api/show: the reply: must be an object, is a list"),
+    ],
+)
+async def test_a_model_that_cannot_be_shown_is_rejected(
+    server: respx.MockRouter, sut: Ollama, reply: httpx.Response, why: str
+) -> None:
+    server.post("/api/show").mock(return_value=reply)
+    with pytest.raises(Rejected) as caught:
+        await sut.show("no-such-model")
+    assert caught.value.why == why

@@ -63,6 +63,7 @@ async def real_daemon(directory: Path) -> AsyncIterator[Daemon]:
         comfyui=config.ComfyUISettings.model_construct(comfyui_url=COMFYUI_URL),
         policy=config.PolicySettings.model_construct(vram_threshold=100.0, vram_unload_threshold=100.0),
         gpu=config.GpuSettings.model_construct(),
+        admission=config.AdmissionSettings.model_construct(),
         service=config.ServiceSettings.model_construct(),
     )
     async with nvml() as sensor, contextlib.AsyncExitStack() as stack:

@@ -107,6 +107,7 @@ async def running(world: World, directory: Path, *, push: bool = False, **change
             work = [
                 tasks.create_task(daemon.observer.run()),
                 tasks.create_task(daemon.cycle.run()),
+                tasks.create_task(daemon.admissions.run()),
             ]
             try:
                 yield stack
@@ -115,4 +116,4 @@ async def running(world: World, directory: Path, *, push: bool = False, **change
                     task.cancel()
         await ollama.aclose()
         await comfyui.aclose()
-        daemon.journal.close()
+        daemon.close()

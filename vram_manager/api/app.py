@@ -1,4 +1,4 @@
-"""The routes. Each answers from the last turn; only `POST /v1/free` asks for something."""
+"""The routes of what is seen and of the manual free; those of admission and of workers stand in their own files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from vram_manager.api import views
+from vram_manager.admissions import CHECK_LOOK_SECONDS
+from vram_manager.api import fields, views, workers
+from vram_manager.api.admissions import AdmissionRoutes
+from vram_manager.api.fields import BadRequest, JSONResponse, error
 from vram_manager.api.openapi import DOCUMENT
 from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
@@ -24,8 +27,8 @@ from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
 from vram_manager.domain.decision import ManualFree
 from vram_manager.journal import Entry, Journal, as_json
 from vram_manager.observer import Observer
+from vram_manager.workers import Workers
 
-MAX_BODY_BYTES = 1 << 20
 MAX_LIMIT = 1000
 # A comment line now and then shows a proxy that the stream lives, and shows us that the reader is gone.
 KEEP_ALIVE_SECONDS = 15.0
@@ -42,31 +45,8 @@ class Parts:
     observer: Observer
     journal: Journal
     metrics: Callable[[], bytes]
-
-
-class JSONResponse(Response):
-    """JSON in ASCII: a name from outside that UTF-8 cannot say must not turn an answer into a 500."""
-
-    media_type = "application/json"
-
-    def render(self, content: object) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-
-
-class BadRequest(Exception):
-    """A request that cannot be served; names the field where there is one."""
-
-    def __init__(self, status: int, kind: str, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.field = status, kind, message, field
-
-
-def error(status: int, kind: str, message: str, field: str | None = None) -> JSONResponse:
-    """The one shape every error has."""
-    body: dict[str, Any] = {"type": kind, "message": message}
-    if field is not None:
-        body["field"] = field
-    return JSONResponse({"error": body}, status_code=status)
+    admissions: AdmissionRoutes
+    workers: Workers
 
 
 def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
@@ -95,16 +75,13 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
             Route("/v1/events", routes.events),
             Route("/v1/decisions", routes.decisions),
             Route("/v1/free", guarded(routes.free), methods=["POST"]),
+            *parts.admissions.routes(guarded),
+            *workers.routes(parts.workers, guarded, lambda: parts.observer.look_again(CHECK_LOOK_SECONDS)),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
         ],
-        exception_handlers={BadRequest: _bad_request, HTTPException: _http_error},
+        exception_handlers={BadRequest: fields.bad_request, HTTPException: _http_error},
     )
-
-
-async def _bad_request(request: Request, problem: Exception) -> Response:
-    assert isinstance(problem, BadRequest)
-    return error(problem.status, problem.kind, problem.message, problem.field)
 
 
 async def _http_error(request: Request, problem: Exception) -> Response:
@@ -131,7 +108,8 @@ class _Routes:
         return JSONResponse(views.health_vram(self._parts.cycle.snapshot))
 
     async def snapshot(self, request: Request) -> Response:
-        return JSONResponse(views.snapshot(self._parts.clock, self._parts.cycle))
+        leases = self._parts.admissions.views()
+        return JSONResponse({**views.snapshot(self._parts.clock, self._parts.cycle), "leases": leases})
 
     async def decisions(self, request: Request) -> Response:
         limit = _number(request, "limit", default=50)
@@ -162,7 +140,7 @@ class _Routes:
                 yield _message(newer)
 
     async def free(self, request: Request) -> Response:
-        body = await _json_body(request)
+        body = await fields.json_body(request)
         action, force = _wish(body)
         answer = await self._parts.cycle.free(ManualFree(action=action, force=force))
         if not answer.accepted:
@@ -181,42 +159,20 @@ def _message(entry: Entry) -> str:
 
 
 def _wish(body: dict[str, Any]) -> tuple[Action, bool]:
-    target, stage, force = body.get("target", "comfyui"), body.get("stage", "soft"), body.get("force", False)
-    unknown = sorted(body.keys() - {"target", "stage", "force", "model"})
-    if unknown:
-        raise BadRequest(422, "invalid", f"{unknown[0]} is not a field of this request", unknown[0])
-    if not isinstance(force, bool):
-        raise BadRequest(422, "invalid", f"force is {json.dumps(force)}: must be true or false", "force")
-    if target == "ollama":
+    fields.no_others(body, ("target", "stage", "force", "model"))
+    for name, value in body.items():
+        if value is None:
+            raise fields.wrong(name, value, "be left out, or have a value")
+    force = fields.flag(body, "force")
+    if fields.one_of(body, "target", ("comfyui", "ollama")) == "ollama":
         model = body.get("model")
         if not isinstance(model, str) or not model:
-            raise BadRequest(422, "invalid", f"model is {json.dumps(model)}: must name a loaded model", "model")
+            raise fields.wrong("model", model, "name a loaded model")
         return UnloadModel(model=model, forced=force), force
-    if target != "comfyui":
-        raise BadRequest(422, "invalid", f"target is {json.dumps(target)}: must be comfyui or ollama", "target")
     if "model" in body:
         raise BadRequest(422, "invalid", "model is for target ollama: ComfyUI is freed as a whole", "model")
-    if stage not in ("soft", "unload"):
-        raise BadRequest(422, "invalid", f"stage is {json.dumps(stage)}: must be soft or unload", "stage")
-    return FreeComfyUI(stage=Stage(stage), forced=force), force
-
-
-async def _json_body(request: Request) -> dict[str, Any]:
-    raw = bytearray()
-    try:
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > MAX_BODY_BYTES:
-                raise BadRequest(413, "too_large", f"the body is larger than {MAX_BODY_BYTES} bytes")
-    except ClientDisconnect as gone:
-        raise BadRequest(400, "disconnected", "the client went away") from gone
-    try:
-        body = json.loads(raw or b"{}")
-    except (ValueError, RecursionError) as problem:
-        raise BadRequest(400, "bad_json", f"the body is not JSON: {problem}") from problem
-    if not isinstance(body, dict):
-        raise BadRequest(422, "invalid", "the body must be a JSON object")
-    return body
+    stage = fields.one_of(body, "stage", ("soft", "unload"))
+    return FreeComfyUI(stage=Stage(stage or "soft"), forced=force), force
 
 
 def _number(request: Request, name: str, *, default: int) -> int:

@@ -97,12 +97,335 @@ _DECISION = {
 }
 
 
+_SIZE = {"type": "string", "examples": ["24GiB", "11.5GB", "90%"]}
+_LEASE = {
+    "type": "object",
+    "required": ["id", "owner", "gpu", "bytes", "visible_bytes", "outstanding_bytes", "expires_at", "held"],
+    "properties": {
+        "id": {"type": "string"},
+        "owner": {"type": "string"},
+        "gpu": _nullable("string"),
+        "bytes": {"type": "integer"},
+        "visible_bytes": {"type": "integer", "description": "What of it shows in the GPU's numbers by now"},
+        "outstanding_bytes": {"type": "integer", "description": "The rest: held back from others"},
+        "claimed_bytes": _nullable("integer"),
+        "used_bytes": _nullable("integer"),
+        "peak_bytes": _nullable("integer"),
+        "overclaimed_bytes": {"type": "integer"},
+        "priority": {"enum": ["interactive", "normal", "batch"]},
+        "held": {"type": "boolean", "description": "An open connection keeps it; then expires_at is null"},
+        "granted_at": {"type": "string", "format": "date-time"},
+        "expires_at": {"type": ["string", "null"], "format": "date-time"},
+        "ttl_seconds": {"type": "number"},
+        "pid": _nullable("integer"),
+        "estimate_source": {"type": "string"},
+        "estimate": {"type": "string"},
+    },
+}
+_ADMISSION = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "required": _SIZE,
+        "required_mb": {"type": "integer"},
+        "model": {"type": "string", "description": "Estimate for this model instead"},
+        "context": {"type": "integer", "description": "Context of an Ollama model, tokens"},
+        "workflow": {"type": "object", "description": "Estimate for this ComfyUI prompt (API format) instead"},
+        "margin_mb": {"type": "integer", "description": "Instead of VRAM_SAFETY_MARGIN_MB"},
+        "gpu": {"type": ["string", "integer"], "description": "UUID or index; else the one with most room"},
+        "owner": {"type": "string"},
+        "pid": {"type": "integer", "description": "The process that will hold the memory"},
+        "priority": {"enum": ["interactive", "normal", "batch"], "default": "normal"},
+        "wait_seconds": {"type": "number", "description": "Absent: only as long as making room takes; 0: not at all"},
+        "ttl_seconds": {"type": "number", "default": 60},
+        "lease": {"type": "boolean", "default": True, "description": "false: an answer, nothing is reserved"},
+        "dry_run": {"type": "boolean", "default": False, "description": "Never refuse, say who would have been"},
+        "request_id": {"type": "string", "description": "The same id again is the same question"},
+    },
+}
+_VERDICT = {
+    "type": "object",
+    "required": [
+        "admitted",
+        "reason",
+        "gpu",
+        "required_bytes",
+        "margin_bytes",
+        "available_bytes",
+        "shortfall_bytes",
+        "estimate_source",
+        "lease",
+        "fail_open",
+        "dry_run",
+        "waited_seconds",
+        "position",
+        "retry_after_seconds",
+        "alternatives",
+    ],
+    "properties": {
+        "admitted": {"type": "boolean"},
+        "reason": {"type": "string"},
+        "gpu": _nullable("string"),
+        "required_bytes": _nullable("integer"),
+        "margin_bytes": {"type": "integer"},
+        "available_bytes": _nullable("integer"),
+        "shortfall_bytes": _nullable("integer"),
+        "reclaimable_bytes": {"type": "integer", "description": "What an idle ComfyUI could give back"},
+        "estimate_source": {"enum": ["request", "learned", "table", "files", "default"]},
+        "estimate": {"type": "string"},
+        "lease": {"type": ["object", "null"]},
+        "fail_open": {"type": "boolean"},
+        "dry_run": {"type": "boolean"},
+        "monitoring": {"type": "boolean"},
+        "waited_seconds": {"type": "number"},
+        "position": _nullable("integer"),
+        "retry_after_seconds": {"type": ["number", "null"], "description": "An estimate"},
+        "alternatives": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["gpu", "required_bytes", "model", "words"],
+                "properties": {
+                    "gpu": _nullable("string"),
+                    "required_bytes": {"type": "integer"},
+                    "model": _nullable("string"),
+                    "words": {"type": "string"},
+                },
+            },
+        },
+    },
+}
+_WAITING = {
+    "type": "object",
+    "required": ["position", "owner", "required_bytes", "gpu", "priority", "waited_seconds", "eta_seconds"],
+    "properties": {
+        "position": {"type": "integer"},
+        "owner": {"type": "string"},
+        "required_bytes": _nullable("integer"),
+        "gpu": _nullable("string"),
+        "priority": {"type": "string"},
+        "waited_seconds": {"type": "number"},
+        "eta_seconds": {"type": ["number", "null"], "description": "An estimate"},
+    },
+}
+_ONE_LEASE = {"type": "object", "required": ["lease"], "properties": {"lease": _LEASE}}
+
+
+def _post(words: str, schema: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
+    """A POST with a JSON body; the ways in which one can be wrong are always the same."""
+    return {
+        "post": {
+            "summary": words,
+            "requestBody": {"content": {"application/json": {"schema": schema}}},
+            "responses": {
+                **answers,
+                "400": _json("Not JSON", _ERROR),
+                "401": _json("TCP: wrong or no token", _ERROR),
+                "403": _json("TCP: read-only", _ERROR),
+                "413": _json("Body too large", _ERROR),
+                "422": _json("A field is wrong, and which", _ERROR),
+            },
+        }
+    }
+
+
 def _list(name: str, item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "required": [name], "properties": {name: {"type": "array", "items": item}}}
 
 
 def _query(name: str, words: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "description": words, "schema": {"type": "string"}}
+
+
+_REPORT = {
+    "gpu": {"type": ["string", "integer"], "description": "UUID or index; else the only one, else the fullest"},
+    "allocated_bytes": {"type": "integer", "description": "torch.cuda.memory_allocated()"},
+    "reserved_bytes": {"type": "integer", "description": "torch.cuda.memory_reserved()"},
+}
+_SLOT = {"type": ["integer", "string", "null"]}
+_SIZES = {"type": "object", "additionalProperties": {"type": "integer"}}
+_LEAK = {
+    "type": ["object", "null"],
+    "required": ["initial_bytes", "current_bytes", "delta_bytes", "generations", "delta_per_generation_bytes"],
+    "properties": {
+        "initial_bytes": {"type": "integer"},
+        "current_bytes": {"type": "integer"},
+        "delta_bytes": {"type": "integer"},
+        "generations": {"type": "integer"},
+        "delta_per_generation_bytes": {"type": "integer"},
+    },
+}
+_CHECK = {
+    "type": "object",
+    "required": [
+        "level",
+        "sustained",
+        "used_bytes",
+        "soft_limit_bytes",
+        "hard_limit_bytes",
+        "requested_bytes",
+        "gpu",
+        "message",
+    ],
+    "properties": {
+        "level": {"enum": ["ok", "soft", "hard", "unknown"]},
+        "sustained": {"type": "boolean"},
+        "used_bytes": _nullable("integer"),
+        "soft_limit_bytes": _nullable("integer"),
+        "hard_limit_bytes": _nullable("integer"),
+        "requested_bytes": {"type": "integer"},
+        "gpu": _nullable("string"),
+        "message": {"type": "string"},
+    },
+}
+_FIT = {
+    "type": "object",
+    "required": [
+        "owner",
+        "models_bytes",
+        "buffers_bytes",
+        "total_bytes",
+        "budget_bytes",
+        "fits",
+        "shortfall_bytes",
+        "over_budget",
+        "message",
+    ],
+    "properties": {
+        "owner": {"type": "string"},
+        "models_bytes": {"type": "integer"},
+        "buffers_bytes": {"type": "integer"},
+        "total_bytes": {"type": "integer"},
+        "budget_bytes": _nullable("integer"),
+        "fits": {"type": "boolean"},
+        "shortfall_bytes": {"type": "integer"},
+        "over_budget": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "bytes", "budget_bytes"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "bytes": {"type": "integer"},
+                    "budget_bytes": {"type": "integer"},
+                },
+            },
+        },
+        "message": {"type": "string"},
+    },
+}
+_POINT = {
+    "type": "object",
+    "required": ["timestamp", "event", "slot", "vram_usage_gb", "vram_allocated_gb", "vram_reserved_gb", "models"],
+    "properties": {
+        "timestamp": {"type": "string", "format": "date-time"},
+        "event": {"type": "string"},
+        "slot": _SLOT,
+        "vram_usage_gb": _nullable("number"),
+        "vram_allocated_gb": _nullable("number"),
+        "vram_reserved_gb": _nullable("number"),
+        "models": {"type": "object", "additionalProperties": {"type": "number"}},
+    },
+}
+_GENERATION = {
+    "type": "object",
+    "required": ["delta_bytes", "generations", "leak"],
+    "properties": {"delta_bytes": _nullable("integer"), "generations": {"type": "integer"}, "leak": _LEAK},
+}
+_WORKER = {
+    "type": "object",
+    "required": [
+        "owner",
+        "models",
+        "buffers",
+        "budget_bytes",
+        "allocated_bytes",
+        "reserved_bytes",
+        "generations",
+        "last_delta_bytes",
+        "leak",
+        "seen_at",
+    ],
+    "properties": {
+        "owner": {"type": "string"},
+        "models": _SIZES,
+        "buffers": _SIZES,
+        "budget_bytes": _nullable("integer"),
+        "allocated_bytes": _nullable("integer"),
+        "reserved_bytes": _nullable("integer"),
+        "generations": {"type": "integer"},
+        "last_delta_bytes": _nullable("integer"),
+        "leak": _LEAK,
+        "seen_at": {"type": "string", "format": "date-time"},
+    },
+}
+
+
+def _told(
+    words: str,
+    body: dict[str, Any],
+    needed: list[str],
+    answer: dict[str, Any],
+    *,
+    owner: bool = False,
+    gpu: bool = False,
+) -> dict[str, Any]:
+    """A POST by which a worker tells something of itself."""
+    schema = {"type": "object", "additionalProperties": False, "required": needed, "properties": body}
+    named = {"name": "owner", "in": "path", "required": True, "schema": {"type": "string", "maxLength": 200}}
+    return {
+        "post": {
+            "summary": words,
+            **({"parameters": [named]} if owner else {}),
+            "requestBody": {"content": {"application/json": {"schema": schema}}},
+            "responses": {
+                "200": _json("The answer", answer),
+                "400": _json("Not JSON", _ERROR),
+                "401": _json("TCP: wrong or no token", _ERROR),
+                "403": _json("TCP: read-only", _ERROR),
+                **({"404": _json("No such GPU", _ERROR)} if gpu else {}),
+                "413": _json("Body too large", _ERROR),
+                "422": _json("A field is wrong, and which", _ERROR),
+            },
+        }
+    }
+
+
+_TEXT = {"type": "string"}
+_WORKER_PATHS = {
+    "/v1/limits/check": _told(
+        "How near to its limits a GPU is, with what is about to be allocated",
+        {"owner": _TEXT, "context": _TEXT, "requesting_mb": {"type": "integer"}, **_REPORT},
+        [],
+        _CHECK,
+        gpu=True,
+    ),
+    "/v1/generations": _told(
+        "A generation begins or has ended; what it left behind, and a leak",
+        {"owner": _TEXT, "phase": {"enum": ["start", "end"]}, "id": _TEXT, "slot": _SLOT, **_REPORT},
+        ["owner", "phase", "id"],
+        _GENERATION,
+        gpu=True,
+    ),
+    "/v1/workers": _get(
+        "Every worker that told of itself", {"200": _json("Least recently seen first", _list("workers", _WORKER))}
+    ),
+    "/v1/workers/{owner}/models": _told(
+        "What a worker has loaded, and whether that and its buffers fit",
+        {"models": _SIZES, "buffers": _SIZES, "budgets": _SIZES, "budget_bytes": {"type": "integer"}},
+        ["models"],
+        _FIT,
+        owner=True,
+    ),
+    "/v1/workers/{owner}/snapshots": _told(
+        "Memory at a named point, also in the log at DEBUG",
+        {"event": _TEXT, "slot": _SLOT, **_REPORT},
+        ["event"],
+        _POINT,
+        owner=True,
+        gpu=True,
+    ),
+}
 
 
 DOCUMENT: dict[str, Any] = {
@@ -183,6 +506,67 @@ DOCUMENT: dict[str, Any] = {
                 },
             }
         },
+        "/v1/admissions": _post(
+            "May I? The connection stays open while the request waits in line; hang up to leave it",
+            _ADMISSION,
+            {
+                "200": _json("Admitted or refused, and why", _VERDICT),
+                "404": _json("No such GPU", _ERROR),
+                "503": _json("The line is full", _ERROR),
+            },
+        ),
+        "/v1/leases": _get(
+            "Who was promised how much, and who waits",
+            {
+                "200": _json(
+                    "Leases, oldest first; the line in its order",
+                    {
+                        "type": "object",
+                        "required": ["leases", "line"],
+                        "properties": {
+                            "leases": {"type": "array", "items": _LEASE},
+                            "line": {"type": "array", "items": _WAITING},
+                        },
+                    },
+                )
+            },
+        ),
+        "/v1/leases/{id}": {
+            "delete": {
+                "summary": "Give a lease back",
+                "responses": {"204": {"description": "Given back"}, "404": _json("No live lease", _ERROR)},
+            }
+        },
+        "/v1/leases/{id}/renew": _post(
+            "Its time to live starts anew",
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "ttl_seconds": {"type": "number"},
+                    "pid": {"type": "integer", "description": "The process that holds the memory from now on"},
+                    "claimed_bytes": {"type": "integer"},
+                },
+            },
+            {"200": _json("Renewed", _ONE_LEASE), "404": _json("No live lease", _ERROR)},
+        ),
+        "/v1/leases/{id}/claimed": _post(
+            "So much of it has been taken, in all",
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"bytes": {"type": "integer", "description": "Absent: all of it"}},
+            },
+            {"200": _json("Noted", _ONE_LEASE), "404": _json("No live lease", _ERROR)},
+        ),
+        "/v1/leases/{id}/hold": _get(
+            "The lease lives as long as this connection; it ends when the lease does",
+            {
+                "200": {"description": "Lines of JSON, then empty ones", "content": {"application/x-ndjson": {}}},
+                "404": _json("No live lease", _ERROR),
+            },
+        ),
+        **_WORKER_PATHS,
         "/metrics": {
             "get": {
                 "summary": "Prometheus",

@@ -9,8 +9,10 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from loguru import logger
@@ -40,6 +42,36 @@ class _Told(logging.Handler):
             logger.opt(exception=problem).log("ERROR" if problem else "DEBUG", "{}", record.getMessage().strip())
 
 
+class _Joined:
+    """A transport that sends what is written in one turn of the loop in one piece.
+
+    uvicorn writes head and body apart: two system calls, and a client that is woken twice for one answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._parts:
+            data = b"".join(self._parts)
+            self._parts.clear()
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class _Protocol(HttpToolsProtocol):
     """One connection. The head of a request may neither grow nor be waited for without end."""
 
@@ -48,7 +80,8 @@ class _Protocol(HttpToolsProtocol):
     _in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Joined(transport, self.loop))  # type: ignore[arg-type]
+        self.client = _peer(transport) or self.client
         if len(self.connections) > CONNECTIONS:
             transport.abort()
         self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
@@ -79,6 +112,15 @@ class _Protocol(HttpToolsProtocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+
+def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
+    """Who connected to the Unix socket, as ("unix", pid): the pid in our own namespace, 0 where we cannot see it."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or connection.family != socket.AF_UNIX:
+        return None
+    pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return "unix", pid
 
 
 class _Server(uvicorn.Server):
@@ -176,6 +218,8 @@ async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None
         http=_Protocol,
         date_header=False,
         server_header=False,
+        # A worker asks now and then on one connection; each costs a descriptor while it is kept.
+        timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
     )
     server = _Server(config)

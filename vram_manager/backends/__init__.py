@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
+from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.snapshot import ComfyUIState, OllamaState
 
 
@@ -19,6 +20,14 @@ class Ollama(Protocol):
 
     async def models(self) -> OllamaState:
         """The loaded models and the server's version; `active_at` is left for the observer to fill."""
+        ...
+
+    async def library(self) -> Mapping[str, StoredModel]:
+        """The models on its disk by name, without those that run elsewhere."""
+        ...
+
+    async def show(self, model: str) -> ModelFacts:
+        """What it tells about one of them. Rejected: there is none of that name."""
         ...
 
     async def unload(self, model: str) -> None:
@@ -46,6 +55,10 @@ class ComfyUI(Protocol):
 
         Never ends quietly: a SensorError says that the connection is gone, and the caller connects again.
         """
+        ...
+
+    async def model_sizes(self, folder: str) -> Mapping[str, int]:
+        """Bytes of each file in a models folder, by its name below it. Rejected: there is no such folder."""
         ...
 
     async def free(self, body: Mapping[str, bool]) -> None:

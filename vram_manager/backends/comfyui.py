@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 from uuid import uuid4
 
-from vram_manager.backends.comfyui_replies import parse_prompt, parse_queue, parse_status, parse_system_stats
+from vram_manager.backends.comfyui_replies import (
+    parse_model_sizes,
+    parse_prompt,
+    parse_queue,
+    parse_status,
+    parse_system_stats,
+)
 from vram_manager.backends.http import HttpStatus, JsonClient, errors_of
 from vram_manager.domain.snapshot import ComfyUIState
 from vram_manager.errors import Rejected, SensorError
@@ -92,6 +99,11 @@ class HttpComfyUI:
             except WebSocketException as error:
                 raise SensorError(f"connection lost ({error})") from error
             raise SensorError("connection closed by the server")
+
+    async def model_sizes(self, folder: str) -> Mapping[str, int]:
+        """Bytes of each file in `folder`, by its name with subfolders, as loaders name it."""
+        path = f"/experiment/models/{quote(folder, safe='')}"
+        return await self._client.get(path, parse_model_sizes, deadline=_DEADLINE_SECONDS)
 
     async def free(self, body: Mapping[str, bool]) -> None:
         """The flags are set (server.py:post_free); main.py:prompt_worker acts on them between prompts."""

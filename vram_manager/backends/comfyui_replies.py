@@ -80,6 +80,17 @@ class _StatusMessage(Shape):
     data: _Status
 
 
+class _File(Shape):
+    """app/model_manager.py:recursive_search_models_; `size` came in August 2025."""
+
+    name: Name
+    size: Amount | None = None
+
+
+class _Folder(Shape):
+    files: list[_File]
+
+
 def _bytes_of(exact: int | None, megabytes: float | None) -> int | None:
     return exact if exact is not None or megabytes is None else int(megabytes * _MIB)
 
@@ -122,6 +133,15 @@ def parse_queue(document: object) -> int:
     """Running + pending prompts in a `GET /queue` reply, which carries whole workflows."""
     queue = shaped(_Queue, document)
     return len(queue.queue_running) + len(queue.queue_pending)
+
+
+def parse_model_sizes(document: object) -> dict[str, int]:
+    """Bytes by file name in a `GET /experiment/models/{folder}` reply; files whose size it does not tell are left out.
+
+    Several directories may hold a file of one name: the first is the one that ComfyUI loads.
+    """
+    files = shaped(_Folder, {"files": document}).files
+    return {file.name: file.size for file in reversed(files) if file.size is not None}
 
 
 def parse_status(message: str | bytes) -> int | None:

@@ -100,6 +100,12 @@ class JsonClient:
         with errors_of(f"POST {path}", server=self.name, deadline=deadline):
             await self._ask("POST", path, body, deadline)
 
+    async def query(self, path: str, body: Mapping[str, object], parse: Callable[[object], T], *, deadline: float) -> T:
+        """What `parse` makes of the JSON reply to a POST that only asks."""
+        with errors_of(f"POST {path}", server=self.name, deadline=deadline):
+            reply, content = await self._ask("POST", path, body, deadline)
+            return parse(_json(content, reply.headers.get("content-type", "")))
+
     async def aclose(self) -> None:
         """No connection is left open."""
         await self._http.aclose()

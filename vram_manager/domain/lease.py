@@ -32,7 +32,7 @@ class Estimate:
     """How much memory something will need.
 
     `subject` is what the peak is remembered under afterwards (None: nothing to learn), `words` says where the
-    number comes from, `names` are the models or files it is about.
+    number comes from, `names` are the models or files it is about. `digest` is that of an Ollama model.
     """
 
     size: Size
@@ -40,6 +40,12 @@ class Estimate:
     subject: str | None = None
     words: str = ""
     names: tuple[str, ...] = ()
+    digest: str | None = None
+
+    @property
+    def for_ollama(self) -> bool:
+        """Ollama itself will take the memory; who names both a size and a model means memory of its own."""
+        return self.digest is not None and self.source is not Source.REQUEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +77,8 @@ class Lease:
 
     `visible_bytes` of it already show in the GPU's own numbers: only the rest is held back from others.
     `used_bytes` is what the owner was last seen to hold, or said so; None: neither. `baseline_bytes` is what
-    its process held before, `unaccounted_bytes` what nobody accounted for on the GPU at the grant.
+    its process held before, `unaccounted_bytes` what nobody accounted for on the GPU at the grant,
+    `left_bytes` what leases that ended since may have left behind.
     `holds` counts the open connections that keep it alive. `restores` counts restarts without a renewal.
     """
 
@@ -90,11 +97,13 @@ class Lease:
     pid_started: str | None = None
     holds: int = 0
     claimed_bytes: int | None = None
+    claimed_at: float | None = None
     visible_bytes: int = 0
     used_bytes: int | None = None
     peak_bytes: int | None = None
     baseline_bytes: int | None = None
     unaccounted_bytes: int | None = None
+    left_bytes: int = 0
     runs_before: int | None = None
     restores: int = 0
 

@@ -51,7 +51,10 @@ class ProcessMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU. `uuid` is its name everywhere; `index` may change between boots."""
+    """One GPU. `uuid` is its name everywhere; `index` may change between boots.
+
+    `listed_free_bytes` was free when `processes` were listed, where that was before the memory was read.
+    """
 
     uuid: str
     index: int
@@ -61,6 +64,7 @@ class Gpu:
     temperature_celsius: int | Missing = Missing("not asked")
     power_watts: float | Missing = Missing("not asked")
     processes: tuple[ProcessMemory, ...] | Missing = Missing("not asked")
+    listed_free_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +178,7 @@ class Snapshot:
 
     `asks` are demands made of the daemon itself: admissions in line, hard limits. `leased_bytes` is what was
     promised on each GPU and is not yet visible there; under None, what was promised when no GPU could be told.
+    `workers_bytes` is what of those promises does show.
     """
 
     taken_at: float
@@ -183,6 +188,7 @@ class Snapshot:
     queue: Reading[Queue]
     asks: tuple[Demand, ...] = ()
     leased_bytes: Mapping[str | None, int] = field(default_factory=dict)
+    workers_bytes: Mapping[str | None, int] = field(default_factory=dict)
 
     def leased_on(self, uuid: str) -> int:
         """What of the GPU's free memory is promised already."""

@@ -185,7 +185,8 @@ def comfyui_hold(
     held_by_ollama = ollama_bytes(snapshot, gpus, gpu, rules)
     unaccounted: int | None = None
     if isinstance(gpu.memory, GpuMemory) and not isinstance(held_by_ollama, Missing):
-        unaccounted = max(0, gpu.memory.taken_bytes - held_by_ollama - torch_bytes)
+        by_workers = snapshot.workers_bytes.get(gpu.uuid, 0)
+        unaccounted = max(0, gpu.memory.taken_bytes - held_by_ollama - torch_bytes - by_workers)
     process = comfyui_process(comfyui, gpu)
     if process is not None and isinstance(process.used_bytes, int):
         own = process.used_bytes - rules.context_bytes

@@ -4,8 +4,8 @@ The tree, whose numbers are repeated below and in every decision's `branch`:
 
 1. An action is settling -> wait for the proof, ask once more if the flag was lost, or conclude.
 2. The GPU cannot be read -> ComfyUI's own numbers, marked second-hand; those missing too -> hold.
-3. Collect demands, most urgent first: (a) somebody waits, (b) a model fell to the CPU, (c) a tenant
-   starts to run, (d) pressure for longer than the grace period. Nobody -> nothing to do.
+3. Collect demands, most urgent first: (a) somebody waits, (b) a model fell to the CPU, (c) a worker
+   is at its hard limit, (d) pressure for longer than the grace period. Nobody -> nothing to do.
 4. Plan the cheapest reclaim that covers the demand; nothing that would help -> hold.
 5. Guards: switched off, busy, not idle for long enough, cooldown, budget, dry run -> hold, and say until when.
 6. Act on one target. Soft first; once it has settled and was not enough, the unload stage, as part of
@@ -88,7 +88,7 @@ def _next(snapshot: Snapshot, watch: Watch, gpus: Gpus | Missing, rules: Rules) 
     watch = replace(watch, lesson=_lowered(watch.lesson, snapshot, gpus, rules))
     # 3. Collect demands.
     alive = collect(snapshot, gpus, watch, rules)
-    room = frozenset(key for key, demand in alive.items() if met(demand, gpus, rules))
+    room = frozenset(key for key, demand in alive.items() if met(demand, snapshot, gpus, rules))
     # Room beside an idle ComfyUI is there to stay: a placement that does not use it was meant (num_gpu: 0).
     stays = isinstance(snapshot.queue, Seen) and snapshot.queue.value.idle
     answered = (watch.answered | (room if stays else frozenset())) & watch.fallbacks
@@ -122,7 +122,7 @@ def _answer(demand: Demand, snapshot: Snapshot, watch: Watch, gpus: Gpus, rules:
     if isinstance(proposal, Hold):
         return _hold(proposal, demand, watch)
     # 5. Guards.
-    suffering = demand.kind in (Kind.WAITING, Kind.FALLBACK)
+    suffering = demand.kind is not Kind.PRESSURE and not demand.patient
     idle = min(rules.comfyui_idle_seconds, rules.waiting_idle_seconds) if suffering else rules.comfyui_idle_seconds
     held = why_not_now(proposal, idle, snapshot.taken_at, watch, rules, first=True)
     if held is not None:
@@ -151,7 +151,7 @@ def _escalate(episode: Episode, snapshot: Snapshot, watch: Watch, gpus: Gpus, ru
         room_bytes = limit_bytes(target.memory, rules.unload_threshold_percent)
         demand = replace(demand, need_free_bytes=max(demand.need_free_bytes, room_bytes))
     proposal = harder(snapshot, target, watch.lesson, rules)
-    if proposal is not None and not over and would_not_fit(demand, proposal):
+    if proposal is not None and not over and would_not_fit(demand, snapshot, proposal):
         proposal = None
     if proposal is None:
         left = target.held(snapshot, watch.lesson, Stage.UNLOAD, rules)

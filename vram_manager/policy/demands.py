@@ -10,7 +10,7 @@ from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.size import MIB, gib
-from vram_manager.domain.snapshot import GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.policy.accounting import can_use
 from vram_manager.policy.pressure import limit_bytes
@@ -104,6 +104,7 @@ def collect(snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> dict[
             if on_cpu(model) and not _gpu_may_be_lost(model, gpus):
                 key = fallback_key(model)
                 alive[key] = _fallback(model, ollama, watch.demands.get(key), now, rules)
+    alive |= {demand.key: demand for demand in snapshot.asks}
     for gpu in gpus.gpus:
         state = watch.pressure.get(gpu.uuid)
         if state is not None and state.began and isinstance(gpu.memory, GpuMemory):
@@ -143,14 +144,19 @@ def _fallback(model: LoadedModel, ollama: OllamaState, known: Demand | None, now
     )
 
 
-def met(demand: Demand, gpus: Gpus, rules: Rules) -> bool:
-    """Enough is free on the demand's GPU, or on one that Ollama may use."""
+def met(demand: Demand, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> bool:
+    """Enough is free on the demand's GPU, or on one that its tenant may use, beside what is promised to others."""
     return any(
         isinstance(gpu.memory, GpuMemory)
-        and gpu.memory.free_bytes >= demand.need_free_bytes
-        and (demand.gpu == gpu.uuid or (demand.gpu is None and can_use(gpu, gpus, rules)))
+        and gpu.memory.free_bytes - snapshot.leased_on(gpu.uuid) >= demand.need_free_bytes
+        and (demand.gpu == gpu.uuid or (demand.gpu is None and may_use(demand, gpu, gpus, rules)))
         for gpu in gpus.gpus
     )
+
+
+def may_use(demand: Demand, gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:
+    """Whether memory on `gpu` would help: Ollama's models go where Ollama may, a worker takes any."""
+    return demand.kind is not Kind.FALLBACK or can_use(gpu, gpus, rules)
 
 
 def disagreement(snapshot: Snapshot) -> str | None:

@@ -81,7 +81,7 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
         return Hold(branch="4 unreclaimable", why="ComfyUI has not run since it was last freed: nothing more to give")
     proposal = Proposal(action=FreeComfyUI(stage=stage), target=target, held=held)
     too_little = held.bytes < rules.min_reclaim_bytes
-    vain = demand.kind is Kind.FALLBACK and would_not_fit(demand, proposal)
+    vain = demand.kind in (Kind.WAITING, Kind.FALLBACK) and would_not_fit(demand, snapshot, proposal)
     if held.unseen is not None and (too_little or vain):
         remedy = f" ({held.unseen.remedy})" if held.unseen.remedy else ""
         why = f"what ComfyUI holds beyond {gib(held.bytes)} cannot be told: Ollama cannot be read: {held.unseen.why}"
@@ -97,9 +97,11 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
     return proposal
 
 
-def would_not_fit(demand: Demand, proposal: Proposal) -> bool:
-    """Even if everything came back that `proposal` could give."""
-    return proposal.target.memory.free_bytes + proposal.held.bytes < demand.need_free_bytes
+def would_not_fit(demand: Demand, snapshot: Snapshot, proposal: Proposal) -> bool:
+    """Even if everything came back that `proposal` could give, beside what is promised to others."""
+    target = proposal.target
+    free_bytes = target.memory.free_bytes - snapshot.leased_on(target.gpu.uuid)
+    return free_bytes + proposal.held.bytes < demand.need_free_bytes
 
 
 def harder(snapshot: Snapshot, target: Target, lesson: Lesson | None, rules: Rules) -> Proposal | None:

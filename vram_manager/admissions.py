@@ -1,0 +1,666 @@
+"""The desk: takes requests, keeps the book of leases and the line, and promises no byte twice.
+
+The book is a value and is replaced whole between two awaits, so that whoever asks at the same moment is served one
+after the other without a lock. A promise is made on numbers read for it, written down before it is told, and taken
+back when nobody is there to hear it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import sqlite3
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+from loguru import logger
+
+from vram_manager.clock import Clock
+from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.lease import Book, Estimate, Lease, Priority, Request, Source, Ticket, Verdict
+from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.size import Size, gib
+from vram_manager.domain.snapshot import Snapshot
+from vram_manager.journal import Journal
+from vram_manager.observer import Observer
+from vram_manager.policy import Rules
+from vram_manager.policy.admission import Pace, demands, in_order, judge, kept_before, lease_of, whose_turn
+from vram_manager.policy.leases import Families, account, at_grant, ended, granted, outstanding, overdue, put, renewed
+from vram_manager.processes import Processes
+from vram_manager.store import Store
+
+# A look at the GPUs that is older gates no promise: at 25 GB/s over PCIe it is already 1 GiB wrong.
+LEASE_LOOK_SECONDS = 0.05
+# An answer without a promise may be as old as the beat of a daemon that is at work.
+CHECK_LOOK_SECONDS = 0.25
+LINE_BEAT_SECONDS = 0.25
+SAVE_SECONDS = 1.0
+MAX_LINE, MAX_LINE_PER_OWNER, MAX_LEASES, MAX_LEASES_PER_OWNER = 256, 16, 1024, 128
+# A lease that nobody renewed over this many starts of the daemon is nobody's any more.
+MAX_RESTORES = 3
+# The same refusal again within this time is counted and not told.
+SAME_REFUSAL_SECONDS = 10.0
+_OWNERS_REMEMBERED, _DURATIONS_REMEMBERED = 256, 10
+_WHEN_UNKNOWN_SECONDS = 30.0
+
+
+class NoSuchLease(LookupError):
+    """No live lease has that id."""
+
+
+class TooMany(Exception):
+    """The line, or the owner's share of it, is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a request: the verdict, the lease if there is one, and how long it waited in line."""
+
+    verdict: Verdict
+    lease: Lease | None
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One in line, for those who look: its place, and when it may be its turn (None: not to be foreseen)."""
+
+    ticket: Ticket
+    position: int
+    eta_seconds: float | None
+
+
+class Admissions:
+    """All leases and everybody in line. Only its own methods change the book, each between two awaits."""
+
+    def __init__(
+        self, clock: Clock, observer: Observer, journal: Journal, store: Store, rules: Rules, processes: Processes
+    ) -> None:
+        self._clock = clock
+        self._observer = observer
+        self._journal = journal
+        self._store = store
+        self._rules = rules
+        self._processes = processes
+        self.book = Book()
+        self._turn: dict[tuple[str, str], asyncio.Future[Verdict]] = {}
+        self._ends: dict[str, set[asyncio.Event]] = {}
+        self._poked = asyncio.Event()
+        self._unsaved: dict[str, Lease | None] = {}
+        self._to_save = asyncio.Event()
+        self._saving = asyncio.Lock()
+        self._save_failed = False
+        self._closing = False
+        self._nobody: tuple[object, ...] | None = None
+        """The readings and the book at which it was nobody's turn: the same again need no second look."""
+        self._accounted: tuple[object, object] = (None, None)
+        self._durations: OrderedDict[str, deque[float]] = OrderedDict()
+        self._prompts: deque[float] = deque(maxlen=_DURATIONS_REMEMBERED)
+        self._moved: tuple[float, int] | None = None
+        self._refused: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self.on_answer: Callable[[str, float], None] = lambda outcome, waited: None
+        self.on_end: Callable[[Lease], None] = lambda lease: None
+        self._restore()
+
+    # ---- asking
+
+    async def ask(self, request: Request, gone: Callable[[], Awaitable[None]]) -> Answer:
+        """The answer to `request`, after its time in line if it wants to wait. `gone` ends when the client left.
+
+        Raises LookupError for a GPU that is not there, TooMany when the line is full.
+        """
+        if (known := self._same(request)) is not None:
+            return Answer(self._as_granted(known), known, 0.0)
+        began = self._clock.monotonic()
+        await self._look(request)
+        # Asked twice at once with the same id: the first has been served meanwhile.
+        if (known := self._same(request)) is not None:
+            return Answer(self._as_granted(known), known, 0.0)
+        verdict = self._admit(request)
+        if not verdict.admitted and (wait := self._may_wait(request, verdict)):
+            verdict = await self._in_line(request, verdict, wait, gone)
+        waited = self._clock.monotonic() - began
+        lease = self._same(request) if verdict.admitted else None
+        if lease is not None:
+            await self._saved()
+        self._tell(request, verdict, lease, waited)
+        return Answer(verdict, lease, waited)
+
+    def _same(self, request: Request) -> Lease | None:
+        """The lease this very request was given before: its answer was lost on the way."""
+        leases = self.book.leases.values()
+        return next((one for one in leases if (one.owner, one.request_id) == (request.owner, request.id)), None)
+
+    def _as_granted(self, lease: Lease) -> Verdict:
+        words = f"{gib(lease.bytes)} were granted to this request before"
+        return Verdict(admitted=True, reason=words, gpu=lease.gpu, required_bytes=lease.bytes)
+
+    async def _look(self, request: Request) -> None:
+        """Fresh numbers: for a promise those of now, and of the holders' processes where they are told apart."""
+        if not request.takes_lease:
+            await self._observer.look_again(CHECK_LOOK_SECONDS)
+            return
+        by_process = request.pid is not None or self._observer.follow_processes
+        await self._observer.look_again(LEASE_LOOK_SECONDS, with_processes=by_process)
+
+    def _admit(self, request: Request) -> Verdict:
+        """The verdict now, and the lease in the book if it is one. Nobody in line who could go is passed over."""
+        if request.takes_lease:
+            self._serve_line()
+        snapshot = self._snapshot()
+        kept = kept_before(request, self.book, snapshot, self._rules)
+        verdict = judge(
+            request,
+            snapshot,
+            self.book,
+            self._rules,
+            kept=kept,
+            pace=self._pace(),
+            utcnow=self._clock.utcnow(),
+        )
+        if verdict.admitted:
+            return self._promised(request, verdict, snapshot)
+        return verdict
+
+    def _promised(self, request: Request, verdict: Verdict, snapshot: Snapshot) -> Verdict:
+        """Writes the lease of an admitted request into the book; a dry run that would have refused gets none."""
+        if not request.takes_lease or verdict.dry_run:
+            return verdict
+        own = sum(lease.owner == request.owner for lease in self.book.leases.values())
+        if len(self.book.leases) >= MAX_LEASES or own >= MAX_LEASES_PER_OWNER:
+            most = f"{own} leases" if own >= MAX_LEASES_PER_OWNER else f"{MAX_LEASES} leases in all"
+            raise TooMany(f"{request.owner}: there are {most} already; release some")
+        lease = lease_of(request, verdict, f"lease-{secrets.token_hex(6)}", self._clock.monotonic())
+        if lease.pid is not None:
+            started = self._processes.started(lease.pid)
+            lease = replace(lease, pid=lease.pid if started else None, pid_started=started)
+        families = self._families(snapshot, lease.pid)
+        self._keep(at_grant(lease, self.book, snapshot, families, self._rules), new=True)
+        return verdict
+
+    def _may_wait(self, request: Request, verdict: Verdict) -> float:
+        """How long the request may stand in line, seconds; 0: not at all."""
+        if verdict.hopeless or not request.takes_lease or verdict.required_bytes is None:
+            return 0.0
+        if request.wait_seconds is not None:
+            return request.wait_seconds
+        makes_room = verdict.reclaimable_bytes >= (verdict.shortfall_bytes or 0) > 0
+        rules = self._rules
+        return rules.waiting_idle_seconds + rules.settle_timeout_seconds + 3.0 if makes_room else 0.0
+
+    async def _in_line(
+        self, request: Request, refused: Verdict, wait: float, gone: Callable[[], Awaitable[None]]
+    ) -> Verdict:
+        own = sum(ticket.request.owner == request.owner for ticket in self.book.line)
+        if len(self.book.line) >= MAX_LINE or own >= MAX_LINE_PER_OWNER:
+            count, whose = (own, f" of {request.owner}") if own >= MAX_LINE_PER_OWNER else (MAX_LINE, "")
+            raise TooMany(f"{count} requests{whose} are in line already; ask again later")
+        key = (request.owner, request.id)
+        if key in self._turn:
+            raise TooMany(f"the request {request.id} of {request.owner} is in line already")
+        turn: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._turn[key] = turn
+        ticket = Ticket(request=request, since=self._clock.monotonic())
+        self.book = replace(self.book, line=(*self.book.line, ticket))
+        self._poke()
+        left: asyncio.Future[None] = asyncio.ensure_future(gone())
+        try:
+            waits: set[asyncio.Future[Any]] = {turn, left}
+            await asyncio.wait(waits, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            if turn.done():
+                return turn.result()
+            place = self._place(ticket)
+            return self._at_the_end(ticket, refused, place, client_left=left.done())
+        finally:
+            left.cancel()
+            del self._turn[key]
+            self._leave(ticket)
+
+    def _at_the_end(self, ticket: Ticket, refused: Verdict, place: int, *, client_left: bool) -> Verdict:
+        """The refusal of one whose time in line is over, with the numbers of now."""
+        snapshot = self._snapshot()
+        request = ticket.request
+        verdict = judge(request, snapshot, self.book, self._rules, pace=self._pace(), utcnow=self._clock.utcnow())
+        if verdict.admitted:
+            # It would fit, and somebody who may not be overtaken goes first.
+            verdict = refused
+        waited = snapshot.taken_at - ticket.since
+        why = "the client went away" if client_left else f"waited {waited:.0f} s, was number {place} in line"
+        retry = verdict.retry_after_seconds or _WHEN_UNKNOWN_SECONDS
+        return replace(verdict, reason=f"{verdict.reason}; {why}", position=place, retry_after_seconds=retry)
+
+    def _leave(self, ticket: Ticket) -> None:
+        if any(one is ticket for one in self.book.line):
+            self.book = replace(self.book, line=tuple(one for one in self.book.line if one is not ticket))
+            self._poke()
+
+    def _place(self, ticket: Ticket) -> int:
+        order = in_order(self.book, self._clock.monotonic())
+        return next((place for place, one in enumerate(order, 1) if one is ticket), len(order))
+
+    def _serve_line(self) -> None:
+        """Everybody in line whose turn it is, in order, each on what is left after the one before."""
+        while self.book.line:
+            snapshot = self._snapshot()
+            state = (_moment(snapshot), self.book.leases, self.book.line)
+            if self._nobody == state:
+                return
+            found = whose_turn(self.book, snapshot, self._rules)
+            if found is None:
+                self._nobody = state
+                return
+            ticket, verdict = found
+            try:
+                verdict = self._promised(ticket.request, verdict, snapshot) if verdict.admitted else verdict
+            except TooMany as error:
+                verdict = replace(verdict, admitted=False, reason=str(error))
+            self.book = replace(self.book, line=tuple(one for one in self.book.line if one is not ticket))
+            turn = self._turn.get((ticket.request.owner, ticket.request.id))
+            if turn is not None and not turn.done():
+                turn.set_result(verdict)
+
+    # ---- leases
+
+    def lease(self, lease_id: str) -> Lease:
+        """Raises NoSuchLease."""
+        try:
+            return self.book.leases[lease_id]
+        except KeyError:
+            raise NoSuchLease(f"{lease_id} is no live lease: it was released, has expired, or never was") from None
+
+    def renew(
+        self,
+        lease_id: str,
+        *,
+        ttl_seconds: float | None = None,
+        pid: int | None = None,
+        claimed_bytes: int | None = None,
+    ) -> Lease:
+        """The lease with its time before it again. `pid` names the process that holds the memory now."""
+        lease = renewed(self.lease(lease_id), self._clock.monotonic(), ttl_seconds)
+        if claimed_bytes is not None:
+            lease = _claimed(lease, claimed_bytes, self._clock.monotonic())
+        if pid is not None and pid != lease.pid:
+            self._processes.unwatch(lease_id)
+            lease = replace(lease, pid=pid, pid_started=self._processes.started(pid), baseline_bytes=None)
+            snapshot = self._snapshot()
+            lease = at_grant(lease, ended(self.book, lease_id), snapshot, self._families(snapshot, pid), self._rules)
+        self._keep(lease)
+        return lease
+
+    def claimed(self, lease_id: str, size_bytes: int | None) -> Lease:
+        """The owner has taken so much of its lease, all of it where it does not say."""
+        lease = self.lease(lease_id)
+        lease = _claimed(lease, lease.bytes if size_bytes is None else size_bytes, self._clock.monotonic())
+        self._keep(lease)
+        return lease
+
+    def owner_holds(self, owner: str, size_bytes: int) -> None:
+        """The owner has said, in passing, how much it holds: its only lease is taken up to that."""
+        own = [lease for lease in self.book.leases.values() if lease.owner == owner]
+        if len(own) == 1 and own[0].claimed_bytes != size_bytes:
+            self._keep(_claimed(own[0], size_bytes, self._clock.monotonic()))
+
+    def release(self, lease_id: str, why: str = "released") -> None:
+        """The lease is over. Raises NoSuchLease."""
+        self._end(self.lease(lease_id), EventType.LEASE_ENDED, why)
+
+    @contextlib.asynccontextmanager
+    async def held(self, lease_id: str) -> AsyncIterator[asyncio.Event]:
+        """The lease does not expire inside the block and ends with it; the event is set when it ended before."""
+        over = asyncio.Event()
+        self._hold(lease_id, +1)
+        self._ends.setdefault(lease_id, set()).add(over)
+        try:
+            yield over
+        finally:
+            self._ends.get(lease_id, set()).discard(over)
+            if lease_id in self.book.leases:
+                self._hold(lease_id, -1)
+                if not self.book.leases[lease_id].holds and not self._closing:
+                    self.release(lease_id, "its connection closed")
+
+    def hang_up(self) -> None:
+        """The daemon stops: connections that close now end no lease, as the next daemon will know them."""
+        self._closing = True
+        for lease_id in list(self._ends):
+            self._over(lease_id)
+
+    def close(self) -> None:
+        """Writes the rest. Blocks."""
+        for lease_id in self.book.leases:
+            self._processes.unwatch(lease_id)
+        rows = {lease_id: None if lease is None else _as_json(lease) for lease_id, lease in self._unsaved.items()}
+        with contextlib.suppress(sqlite3.Error):
+            self._store.save_leases(rows)
+
+    def _hold(self, lease_id: str, more: int) -> None:
+        lease = self.lease(lease_id)
+        lease = renewed(lease, self._clock.monotonic())
+        self._keep(replace(lease, holds=max(0, lease.holds + more)))
+
+    def _keep(self, lease: Lease, *, new: bool = False) -> None:
+        """`lease` in the book, on its way to the disk, and watched."""
+        before = self.book.leases.get(lease.id)
+        self.book = granted(self.book, lease) if new else put(self.book, lease)
+        if before is None or _lasting(before) != _lasting(lease):
+            self._save_later(lease.id, lease)
+        if lease.pid is not None and (before is None or before.pid != lease.pid):
+            self._processes.watch(lease.id, lease.pid, lambda: self._holder_gone(lease.id))
+        self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())
+        self._poke()
+
+    def _holder_gone(self, lease_id: str) -> None:
+        lease = self.book.leases.get(lease_id)
+        if lease is not None:
+            self._end(lease, EventType.LEASE_ENDED, f"its process {lease.pid} is gone")
+
+    def _end(self, lease: Lease, kind: EventType, why: str) -> None:
+        now = self._clock.monotonic()
+        self._processes.unwatch(lease.id)
+        before, self.book = self.book, ended(self.book, lease.id)
+        self._save_later(lease.id, None)
+        for other in self.book.leases.values():
+            # What the ended one may have left behind must not pass for theirs after a restart either.
+            if other is not before.leases[other.id]:
+                self._save_later(other.id, other)
+        self._over(lease.id)
+        self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())
+        durations = self._durations.setdefault(lease.owner, deque(maxlen=_DURATIONS_REMEMBERED))
+        self._durations.move_to_end(lease.owner)
+        durations.append(now - lease.granted_at)
+        while len(self._durations) > _OWNERS_REMEMBERED:
+            self._durations.popitem(last=False)
+        peak = "peak not seen" if lease.peak_bytes is None else f"peak {gib(lease.peak_bytes)}"
+        words = f"{why} after {now - lease.granted_at:.0f} s; estimated {gib(lease.bytes)}, {peak}"
+        self._journal.record(
+            Event(
+                type=kind,
+                target=f"worker:{lease.owner}",
+                gpu=lease.gpu,
+                reason=words,
+                lease=lease.id,
+                estimated_bytes=lease.bytes,
+                peak_bytes=lease.peak_bytes,
+                took_seconds=now - lease.granted_at,
+            )
+        )
+        self.on_end(lease)
+        self._poke()
+
+    def _over(self, lease_id: str) -> None:
+        for over in self._ends.pop(lease_id, ()):
+            over.set()
+
+    # ---- what is seen
+
+    def seen(self, snapshot: Snapshot) -> Snapshot:
+        """`snapshot` with what is promised on each GPU and who waits for room; the book follows what it shows.
+
+        For the cycle: a new look may be somebody's turn.
+        """
+        if self.book.line:
+            self._poked.set()
+        return self._with_promises(snapshot)
+
+    def _with_promises(self, snapshot: Snapshot) -> Snapshot:
+        self._account(snapshot)
+        self._note_prompts(snapshot)
+        leased = outstanding(self.book)
+        shown: dict[str | None, int] = {}
+        for lease in self.book.leases.values():
+            if not lease.for_comfyui and lease.visible_bytes:
+                shown[lease.gpu] = shown.get(lease.gpu, 0) + lease.visible_bytes
+        snapshot = replace(snapshot, leased_bytes=leased, workers_bytes=shown)
+        if self.book.line:
+            snapshot = replace(snapshot, asks=demands(self.book, snapshot, self._rules))
+        return snapshot
+
+    def _snapshot(self) -> Snapshot:
+        return self._with_promises(self._observer.look())
+
+    def _account(self, snapshot: Snapshot) -> None:
+        """Once for each set of readings and each state of the book."""
+        moment = _moment(snapshot)
+        if not self.book.leases or (self._accounted[0] == moment and self._accounted[1] is self.book.leases):
+            return
+        self.book = account(self.book, snapshot, self._families(snapshot), self._rules)
+        self._accounted = (moment, self.book.leases)
+
+    def _families(self, snapshot: Snapshot, *more: int | None) -> Families:
+        roots = [lease.pid for lease in self.book.leases.values() if lease.pid is not None]
+        roots += [pid for pid in more if pid is not None]
+        if not roots or not isinstance(snapshot.gpus, Seen):
+            return {}
+        pids = {
+            process.pid
+            for gpu in snapshot.gpus.value.gpus
+            if not isinstance(gpu.processes, Missing)
+            for process in gpu.processes
+        }
+        return self._processes.families(roots, pids)
+
+    def _note_prompts(self, snapshot: Snapshot) -> None:
+        """How long ComfyUI's prompts take: from one move of its queue to the next while it works."""
+        if not isinstance(snapshot.queue, Seen):
+            return
+        queue = snapshot.queue.value
+        before, self._moved = self._moved, (queue.moved_at, queue.remaining)
+        if before is not None and before[1] > queue.remaining and queue.moved_at > before[0]:
+            self._prompts.append(queue.moved_at - before[0])
+
+    def _pace(self) -> Pace:
+        return Pace(
+            lease_seconds={owner: median(past) for owner, past in self._durations.items()},
+            prompt_seconds=median(self._prompts) if self._prompts else None,
+        )
+
+    def line(self) -> list[Waiting]:
+        """Everybody in line, in order."""
+        if not self.book.line:
+            return []
+        snapshot = self._snapshot()
+        return [
+            Waiting(ticket, place, self._eta(ticket.request, snapshot))
+            for place, ticket in enumerate(in_order(self.book, snapshot.taken_at), 1)
+        ]
+
+    def _eta(self, request: Request, snapshot: Snapshot) -> float | None:
+        verdict = judge(request, snapshot, self.book, self._rules, pace=self._pace(), utcnow=self._clock.utcnow())
+        return 0.0 if verdict.admitted else verdict.retry_after_seconds
+
+    def leased_to(self, owner: str) -> int | None:
+        """The sum of an owner's leases, bytes; None without any."""
+        own = [lease.bytes for lease in self.book.leases.values() if lease.owner == owner]
+        return sum(own) if own else None
+
+    # ---- time
+
+    async def run(self) -> None:
+        """Ends what is overdue and serves the line, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write_behind(), name="write leases")
+            while True:
+                self._poked.clear()
+                now = self._clock.monotonic()
+                for lease in overdue(self.book, now):
+                    self._end(lease, EventType.LEASE_EXPIRED, f"not renewed for {lease.ttl_seconds:g} s")
+                if self.book.line:
+                    await self._observer.look_again(LEASE_LOOK_SECONDS, with_processes=self._observer.follow_processes)
+                    self._serve_line()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_next(now)):
+                        await self._poked.wait()
+
+    def _until_next(self, now: float) -> float:
+        ends = [lease.expires_at - now for lease in self.book.leases.values() if not lease.holds]
+        beat = LINE_BEAT_SECONDS if self.book.line else 60.0
+        return max(0.0, min([beat, *ends]))
+
+    def _poke(self) -> None:
+        self._poked.set()
+        # The cycle sees who waits, and beats faster while somebody does.
+        if self.book.line:
+            self._observer.changed.set()
+
+    # ---- telling
+
+    def _tell(self, request: Request, verdict: Verdict, lease: Lease | None, waited: float) -> None:
+        outcome = _outcome(verdict)
+        self.on_answer(outcome, waited)
+        if lease is not None:
+            after = f" after {waited:.1f} s in line" if waited >= 1.0 else ""
+            source = f"{request.estimate.source}: {request.estimate.words}".removesuffix(": ")
+            self._journal.record(
+                Event(
+                    type=EventType.ADMITTED,
+                    target=f"worker:{request.owner}",
+                    gpu=lease.gpu,
+                    reason=f"{verdict.reason}{after} ({source}; {lease.id})",
+                    lease=lease.id,
+                    estimated_bytes=lease.bytes,
+                    took_seconds=waited,
+                )
+            )
+        elif verdict.admitted and not verdict.dry_run and not verdict.fail_open:
+            logger.debug("{} may have {}", request.owner, verdict.reason)
+        elif self._worth_telling(request, outcome):
+            kind = EventType.DRY_RUN if verdict.dry_run else EventType.REFUSED
+            if verdict.fail_open:
+                logger.warning("Admitted {} blindly: {}", request.owner, verdict.reason)
+                return
+            self._journal.record(
+                Event(
+                    type=kind,
+                    target=f"worker:{request.owner}",
+                    gpu=verdict.gpu,
+                    reason=verdict.reason.removeprefix("DRY RUN: would refuse: "),
+                    estimated_bytes=verdict.required_bytes,
+                    took_seconds=waited,
+                )
+            )
+
+    def _worth_telling(self, request: Request, outcome: str) -> bool:
+        """The first of equal refusals in a row: a client that asks in a loop must not fill the log."""
+        now = self._clock.monotonic()
+        key = (request.owner, outcome)
+        told = self._refused.get(key)
+        if told is not None and now - told < SAME_REFUSAL_SECONDS:
+            return False
+        self._refused[key] = now
+        self._refused.move_to_end(key)
+        while len(self._refused) > _OWNERS_REMEMBERED:
+            self._refused.popitem(last=False)
+        return True
+
+    # ---- keeping
+
+    def _restore(self) -> None:
+        """Leases of the last run, each with its whole time before it: their owners could not renew meanwhile."""
+        now = self._clock.monotonic()
+        for lease_id, body in self._store.leases().items():
+            lease = _from_json(body, now)
+            gone = lease is not None and lease.pid is not None and not self._same_process(lease)
+            if lease is None or gone or lease.restores > MAX_RESTORES:
+                self._save_later(lease_id, None)
+            else:
+                self._keep(lease)
+        if self.book.leases:
+            logger.info("{} leases of the last run go on", len(self.book.leases))
+
+    def _save_later(self, lease_id: str, lease: Lease | None) -> None:
+        self._unsaved[lease_id] = lease
+        self._to_save.set()
+
+    def _same_process(self, lease: Lease) -> bool:
+        return lease.pid is not None and self._processes.started(lease.pid) == lease.pid_started
+
+    async def _saved(self) -> None:
+        """What was promised until now is on the disk, or the disk cannot be written, which is said once."""
+        async with self._saving:
+            batch, self._unsaved = self._unsaved, {}
+            if not batch:
+                return
+            rows = {lease_id: None if lease is None else _as_json(lease) for lease_id, lease in batch.items()}
+            try:
+                await asyncio.to_thread(self._store.save_leases, rows)
+            except sqlite3.Error as error:
+                self._unsaved = batch | self._unsaved
+                self._to_save.set()
+                if not self._save_failed:
+                    logger.warning("Leases cannot be written ({}): a restart of the daemon will forget them", error)
+                self._save_failed = True
+            else:
+                self._save_failed = False
+
+    async def _write_behind(self) -> None:
+        """What nobody waits for, such as an end, is written within a second."""
+        while True:
+            await self._to_save.wait()
+            self._to_save.clear()
+            await asyncio.sleep(SAVE_SECONDS)
+            await self._saved()
+
+
+def _outcome(verdict: Verdict) -> str:
+    if verdict.fail_open:
+        return "fail_open"
+    if verdict.dry_run:
+        return "dry_run"
+    return "admitted" if verdict.admitted else "refused"
+
+
+def _moment(snapshot: Snapshot) -> tuple[object, ...]:
+    readings = (snapshot.gpus, snapshot.ollama, snapshot.comfyui, snapshot.queue)
+    return tuple(reading.at if isinstance(reading, Seen) else None for reading in readings)
+
+
+def _claimed(lease: Lease, size_bytes: int, now: float) -> Lease:
+    peak = max(lease.peak_bytes or 0, size_bytes)
+    return replace(lease, claimed_bytes=size_bytes, claimed_at=now, peak_bytes=peak)
+
+
+def _lasting(lease: Lease) -> tuple[object, ...]:
+    """What of a lease must outlive the daemon; the rest is seen again."""
+    return (lease.id, lease.claimed_bytes, lease.pid, lease.gpu, lease.ttl_seconds, lease.restores)
+
+
+def _as_json(lease: Lease) -> str:
+    body = asdict(lease)
+    for seen_again in ("granted_at", "expires_at", "holds", "claimed_at", "visible_bytes", "used_bytes"):
+        del body[seen_again]
+    return json.dumps(body)
+
+
+def _from_json(text: str, now: float) -> Lease | None:
+    """A lease of an earlier run; None when another version wrote something this one cannot read."""
+    try:
+        body: dict[str, Any] = json.loads(text)
+        estimate = body.pop("estimate")
+        known = {name: body[name] for name in Lease.__dataclass_fields__ if name in body}
+        estimate = Estimate(
+            **{
+                **estimate,
+                "size": Size(**estimate["size"]),
+                "source": Source(estimate["source"]),
+                "names": tuple(estimate["names"]),
+            }
+        )
+        ttl = float(body["ttl_seconds"])
+        return Lease(
+            **{
+                **known,
+                "estimate": estimate,
+                "priority": Priority(body["priority"]),
+                "granted_at": now,
+                "expires_at": now + ttl,
+                "restores": int(body["restores"]) + 1,
+            }
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
