@@ -216,16 +216,10 @@ async def test_a_lease_ends_to_the_second_when_nobody_renews_it(tmp_path: Path):
         assert desk.told(EventType.LEASE_EXPIRED)
 
 
-async def test_what_an_owner_says_in_passing_counts_for_its_only_lease(tmp_path: Path):
+async def test_the_leases_of_an_owner_are_its_budget(tmp_path: Path):
     async with at_work(tmp_path) as desk:
-        only = (await desk.ask(request(4))).lease
-        assert only is not None
-        desk.admissions.owner_holds("worker-1", 3 * GIB)
-        assert desk.admissions.lease(only.id).claimed_bytes == 3 * GIB
-        another = (await desk.ask(request(4, id="second"))).lease
-        assert another is not None
-        desk.admissions.owner_holds("worker-1", 5 * GIB)
-        assert desk.admissions.lease(only.id).claimed_bytes == 3 * GIB
+        for number in range(2):
+            await desk.ask(request(4, id=f"q{number}"))
         assert desk.admissions.leased_to("worker-1") == 8 * GIB
         assert desk.admissions.leased_to("nobody") is None
 

@@ -39,7 +39,6 @@ class Bench:
         self.journal = Journal(clock, FakeStore())  # type: ignore[arg-type]
         self.cards: tuple[Gpu, ...] | None = None
         self.leased: dict[str, int] = {}
-        self.claims: list[tuple[str, int]] = []
         self.woken: list[float] = []
         self.use(5)
         self.workers = Workers(
@@ -48,7 +47,6 @@ class Bench:
             rules,
             snapshot=self.seen,
             leased_bytes=self.leased.get,
-            on_claim=lambda owner, size: self.claims.append((owner, size)),
             on_demand=lambda: self.woken.append(self.now),
         )
 
@@ -208,7 +206,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_nothing_is_remembered(bench: Be
     for call in calls:
         with pytest.raises(NoSuchGpu, match="GPU 7 is none"):
             call()
-    assert (bench.workers.listing(), bench.claims) == ([], [])
+    assert bench.workers.listing() == []
 
 
 # Models and buffers.
@@ -332,28 +330,18 @@ def test_a_generation_logs_the_points_before_and_after_it_once(bench: Bench, rec
 
 
 @pytest.mark.parametrize(
-    ("report", "claims"),
+    ("report", "held"),
     [
-        pytest.param(Report(allocated_bytes=1, reserved_bytes=2), [("worker-1", 2)], id="its pool"),
-        pytest.param(Report(allocated_bytes=1), [("worker-1", 1)], id="else what is allocated"),
-        pytest.param(Report(reserved_bytes=0), [("worker-1", 0)], id="nothing is a claim too"),
-        pytest.param(Report(gpu="0"), [], id="no word, no claim"),
+        pytest.param(Report(allocated_bytes=1, reserved_bytes=2), {"worker-1": 2}, id="its pool"),
+        pytest.param(Report(allocated_bytes=1), {"worker-1": 1}, id="else what is allocated"),
+        pytest.param(Report(reserved_bytes=0), {"worker-1": 0}, id="nothing is a word too"),
+        pytest.param(Report(gpu="0"), {}, id="no word"),
     ],
 )
-def test_what_a_worker_says_it_holds_is_told_to_whoever_keeps_its_leases(
-    bench: Bench, report: Report, claims: list[tuple[str, int]]
-):
+def test_what_a_worker_says_it_holds_is_remembered(bench: Bench, report: Report, held: dict[str, int]):
     bench.workers.check_limits("worker-1", report)
     bench.workers.generation("worker-1", Phase.START, "1", report)
-    assert bench.claims == claims * 2
-    assert bench.workers.memory() == dict(claims)
-
-
-def test_a_claim_is_for_nobody_unless_somebody_asked_for_it(bench: Bench):
-    clock = Clock(lambda: 0.0, lambda: NOON)
-    workers = Workers(clock, bench.journal, RULES, snapshot=bench.seen, leased_bytes=bench.leased.get)
-    workers.check_limits("worker-1", Report(allocated_bytes=5))
-    assert workers.memory() == {"worker-1": 5}
+    assert bench.workers.memory() == held
 
 
 def test_a_call_that_says_nothing_of_its_memory_leaves_what_was_said_before(bench: Bench):

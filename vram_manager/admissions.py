@@ -300,12 +300,6 @@ class Admissions:
         self._keep(lease)
         return lease
 
-    def owner_holds(self, owner: str, size_bytes: int) -> None:
-        """The owner has said, in passing, how much it holds: its only lease is taken up to that."""
-        own = [lease for lease in self.book.leases.values() if lease.owner == owner]
-        if len(own) == 1 and own[0].claimed_bytes != size_bytes:
-            self._keep(_claimed(own[0], size_bytes, self._clock.monotonic()))
-
     def release(self, lease_id: str, why: str = "released") -> None:
         """The lease is over. Raises NoSuchLease."""
         self._end(self.lease(lease_id), EventType.LEASE_ENDED, why)

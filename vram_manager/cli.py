@@ -305,8 +305,6 @@ def _run(command: tuple[str, ...], lease: Any) -> int:
     import signal
     import subprocess
 
-    from vram_manager.client import call
-
     hold = lease.hold_fd
     try:
         # The command has the connection too: should this process be killed, the lease still lives as long as it.
@@ -318,9 +316,7 @@ def _run(command: tuple[str, ...], lease: Any) -> int:
         # A terminal sends these two to the command itself.
         from_terminal = number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin is not None and sys.stdin.isatty()
         signal.signal(number, signal.SIG_IGN if from_terminal else lambda number, _: child.send_signal(number))
-    if lease.id is not None:
-        with contextlib.suppress(Unreachable):
-            call("POST", f"/v1/leases/{lease.id}/renew", {"pid": child.pid})
+    lease.renew(pid=child.pid)
     status = child.wait()
     return 128 - status if status < 0 else status
 

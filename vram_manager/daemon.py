@@ -134,7 +134,6 @@ def build(
         rules,
         snapshot=observer.look,
         leased_bytes=admissions.leased_to,
-        on_claim=admissions.owner_holds,
         on_demand=observer.changed.set,
     )
     metrics = Metrics(clock, cycle, observer, admissions, workers)

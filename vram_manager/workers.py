@@ -35,9 +35,8 @@ class NoSuchGpu(LookupError):
 class Workers:
     """All workers that spoke within memory: the least recently seen of more than 1000 is forgotten.
 
-    `soft_violations`, `hard_violations` and `leaks` count since the start. `on_claim` is told an owner and the
-    bytes it says it holds; `on_demand` is called when there is a demand that was not there before; `leased_bytes`
-    gives what is promised to an owner, None for nothing.
+    `soft_violations`, `hard_violations` and `leaks` count since the start. `on_demand` is called when there is a
+    demand that was not there before; `leased_bytes` gives what is promised to an owner, None for nothing.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class Workers:
         *,
         snapshot: Callable[[], Snapshot | None],
         leased_bytes: Callable[[str], int | None],
-        on_claim: Callable[[str, int], object] = lambda owner, size_bytes: None,
         on_demand: Callable[[], object] = lambda: None,
     ) -> None:
         self._clock = clock
@@ -56,7 +54,6 @@ class Workers:
         self._rules = rules
         self._snapshot = snapshot
         self._leased_bytes = leased_bytes
-        self._on_claim = on_claim
         self._on_demand = on_demand
         self._workers: dict[str, Worker] = {}
         self._excursions: dict[str, Excursion] = {}
@@ -209,7 +206,6 @@ class Workers:
         if report.held_bytes is None:
             return worker
         self._workers[owner] = worker = replace(worker, report=report, reported_at=worker.seen_at)
-        self._on_claim(owner, report.held_bytes)
         return worker
 
     def _log_point(
