@@ -253,11 +253,16 @@ def test_it_begins_with_its_effective_settings_and_a_warning_for_each_name_it_do
 # One at a time.
 
 
-def test_a_second_daemon_is_1_and_one_line_and_the_first_goes_on(run, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("directory", "words"),
+    [("elsewhere", "another vram-manager answers on"), ("state", "is in use by another vram-manager")],
+    ids=["on its socket", "in its state directory"],
+)
+def test_a_second_daemon_is_1_and_one_line_and_the_first_goes_on(run, tmp_path: Path, directory: str, words: str):
     first = run().listening()
-    status, said = run().ended()
+    status, said = run(VRAM_STATE_DIR=str(tmp_path / directory)).ended()
     assert (status, said.count("\n")) == (1, 1)
-    assert "another vram-manager answers" in said
+    assert words in said
     assert client.call("GET", "/health").status == 200
     assert first.stopped() == (0, "")
     assert not (tmp_path / "run" / "vram.sock").exists()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vram_manager.store import FILE_NAME, MAX_EVENTS, MAX_PEAKS, Peak, Row, Store
+from vram_manager.errors import AlreadyRunning
+from vram_manager.store import FILE_NAME, MAX_EVENTS, MAX_PEAKS, Peak, Row, Store, alone_in
 
 
 def row(seq: int, body: str = "{}") -> Row:
@@ -286,3 +287,16 @@ def test_threads_that_write_and_read_at_once_lose_nothing(tmp_path: Path):
             thread.join(60)
         assert failures == []
         assert len(store.peaks()) == len(store.newest(1000)) == 160
+
+
+def test_two_daemons_do_not_share_one_directory(tmp_path: Path):
+    with alone_in(tmp_path), pytest.raises(AlreadyRunning, match=f"VRAM_STATE_DIR={tmp_path} is in use by another"):
+        alone_in(tmp_path).__enter__()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_directory_that_cannot_be_had_keeps_nobody_out(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with alone_in(tmp_path / "file" / "state"), alone_in(tmp_path / "file" / "state"):
+        pass

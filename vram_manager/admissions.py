@@ -494,7 +494,8 @@ class Admissions:
     def _until_next(self, now: float) -> float:
         ends = [lease.expires_at - now for lease in self.book.leases.values() if not lease.holds]
         beat = LINE_BEAT_SECONDS if self.book.line else 60.0
-        return max(0.0, min([beat, *ends]))
+        # Never so little that the clock might stand still meanwhile.
+        return max(0.001, min([beat, *ends]))
 
     def _poke(self) -> None:
         self._poked.set()

@@ -39,7 +39,7 @@ from vram_manager.journal import Journal
 from vram_manager.metrics import Metrics
 from vram_manager.observer import Observer
 from vram_manager.processes import Processes
-from vram_manager.store import Store
+from vram_manager.store import Store, alone_in
 from vram_manager.workers import Workers
 
 # Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
@@ -204,11 +204,13 @@ async def serve(settings: Settings) -> int:
         logger.info(words)
     for warning in unknown_names(os.environ):
         logger.warning(warning)
-    store = await asyncio.to_thread(Store.open, settings.service.vram_state_dir)
-    if store.problem:
-        logger.warning(store.problem)
-    nvml = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
     async with contextlib.AsyncExitStack() as stack:
+        directory = settings.service.vram_state_dir
+        stack.enter_context(alone_in(directory))
+        store = await asyncio.to_thread(Store.open, directory)
+        if store.problem:
+            logger.warning(store.problem)
+        nvml = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
         stack.callback(nvml.close)
         ollama, comfyui = _servers(settings)
         for server in (ollama, comfyui):

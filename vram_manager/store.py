@@ -6,11 +6,15 @@ another name, one that cannot be written gives way to memory; `problem` says so 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from vram_manager.errors import AlreadyRunning
 
 FILE_NAME = "history.sqlite3"
 # About 300 bytes a row: some 30 MB at most. Older rows are dropped.
@@ -45,6 +49,30 @@ class Peak:
     subject: str
     at: str
     peak_bytes: int
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Nobody else keeps their history in `directory` meanwhile. Raises AlreadyRunning.
+
+    Two daemons would promise the same memory, and write each other's leases. The lock ends with the process.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("a")
+    except OSError:
+        # Nothing can be kept there, so there is nothing to share.
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            words = f"VRAM_STATE_DIR={directory} is in use by another vram-manager: only one may act on a GPU"
+            raise AlreadyRunning(words) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 class Store:
