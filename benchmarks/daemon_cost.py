@@ -31,6 +31,7 @@ from tests.scenarios.stack import settings
 from vram_manager import client
 from vram_manager.clock import Clock
 from vram_manager.daemon import build
+from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.snapshot import ComfyUIState, Gpus, OllamaState, TorchDevice
 from vram_manager.errors import Unreachable
 from vram_manager.simulator.ledger import GIB, Ledger, LedgerGpuSensor
@@ -118,6 +119,12 @@ class _Ollama:
 
     async def aclose(self) -> None: ...
 
+    async def library(self) -> dict[str, StoredModel]:
+        return {}
+
+    async def show(self, model: str) -> ModelFacts:
+        return ModelFacts(architecture="none")
+
 
 class _ComfyUI:
     async def stats(self) -> ComfyUIState:
@@ -138,6 +145,9 @@ class _ComfyUI:
     async def statuses(self) -> AsyncIterator[int]:
         await asyncio.Event().wait()
         yield 0
+
+    async def model_sizes(self, folder: str) -> dict[str, int]:
+        return {}
 
     async def free(self, body: object) -> None: ...
 

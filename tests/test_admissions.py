@@ -293,7 +293,7 @@ async def test_a_renewed_lease_outlives_any_number_of_restarts(tmp_path: Path):
         assert lease is not None
     for _ in range(6):
         async with at_work(tmp_path) as desk:
-            desk.admissions.renew(lease.id)
+            await desk.admissions.renew(lease.id)
 
 
 @pytest.mark.parametrize("body", ["", "null", "[]", "{}", '{"estimate": 5}', '{"estimate": {"size": {}}}'])
@@ -335,9 +335,11 @@ class FullDisk(Store):
 
 async def test_what_is_no_live_lease_is_said_to_be_none(tmp_path: Path):
     async with at_work(tmp_path) as desk:
-        for act in (desk.admissions.release, desk.admissions.renew, desk.admissions.lease):
+        for act in (desk.admissions.release, desk.admissions.lease):
             with pytest.raises(NoSuchLease, match="lease-x is no live lease"):
                 act("lease-x")
+        with pytest.raises(NoSuchLease, match="lease-x is no live lease"):
+            await desk.admissions.renew("lease-x")
 
 
 async def test_a_slow_ollama_does_not_hold_up_an_answer(tmp_path: Path):

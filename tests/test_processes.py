@@ -230,9 +230,10 @@ async def test_several_who_watch_one_process_are_all_told(spawn: Spawn):
 async def test_who_no_longer_watches_is_not_told(spawn: Spawn):
     processes, child, told, over = Processes(), spawn(), [], asyncio.Event()
     processes.watch("lease-1", child.pid, lambda: told.append("lease-1"))
+    processes.unwatch("lease-1")
+    processes.unwatch("lease-1")
+    # Its descriptor has the number of the one that was closed.
     processes.watch("lease-2", child.pid, over.set)
-    processes.unwatch("lease-1")
-    processes.unwatch("lease-1")
     child.kill()
     await asyncio.wait_for(over.wait(), PATIENCE)
     assert told == []

@@ -96,6 +96,7 @@ class Admissions:
         self._saving = asyncio.Lock()
         self._save_failed = False
         self._closing = False
+        self._ended_at = float("-inf")
         self._nobody: tuple[object, ...] | None = None
         """The readings and the book at which it was nobody's turn: the same again need no second look."""
         self._accounted: tuple[object, object] = (None, None)
@@ -145,8 +146,15 @@ class Admissions:
         if not request.takes_lease:
             await self._observer.look_again(CHECK_LOOK_SECONDS)
             return
-        by_process = request.pid is not None or self._observer.follow_processes
-        await self._observer.look_again(LEASE_LOOK_SECONDS, with_processes=by_process)
+        await self._look_for_a_promise(request.pid is not None)
+
+    async def _look_for_a_promise(self, by_process: bool = False) -> None:
+        """Numbers on which something may be promised: of now, with the processes, and from after the last end.
+
+        A lease that has ended no longer holds back what its owner may still have taken a moment before.
+        """
+        by_process = by_process or self._observer.follow_processes
+        await self._observer.look_again(LEASE_LOOK_SECONDS, after=self._ended_at, with_processes=by_process)
 
     def _admit(self, request: Request) -> Verdict:
         """The verdict now, and the lease in the book if it is one. Nobody in line who could go is passed over."""
@@ -273,7 +281,7 @@ class Admissions:
         except KeyError:
             raise NoSuchLease(f"{lease_id} is no live lease: it was released, has expired, or never was") from None
 
-    def renew(
+    async def renew(
         self,
         lease_id: str,
         *,
@@ -281,7 +289,10 @@ class Admissions:
         pid: int | None = None,
         claimed_bytes: int | None = None,
     ) -> Lease:
-        """The lease with its time before it again. `pid` names the process that holds the memory now."""
+        """The lease with its time before it again. `pid` names the process that holds the memory from now on."""
+        if pid is not None:
+            # What it holds already is not this lease's.
+            await self._look_for_a_promise(by_process=True)
         lease = renewed(self.lease(lease_id), self._clock.monotonic(), ttl_seconds)
         if claimed_bytes is not None:
             lease = _claimed(lease, claimed_bytes, self._clock.monotonic())
@@ -357,6 +368,7 @@ class Admissions:
     def _end(self, lease: Lease, kind: EventType, why: str) -> None:
         now = self._clock.monotonic()
         self._processes.unwatch(lease.id)
+        self._ended_at = now
         before, self.book = self.book, ended(self.book, lease.id)
         self._save_later(lease.id, None)
         for other in self.book.leases.values():
@@ -416,7 +428,7 @@ class Admissions:
         return snapshot
 
     def _snapshot(self) -> Snapshot:
-        return self._with_promises(self._observer.look())
+        return self._with_promises(self._observer.known())
 
     def _account(self, snapshot: Snapshot) -> None:
         """Once for each set of readings and each state of the book."""
@@ -485,7 +497,7 @@ class Admissions:
                 for lease in overdue(self.book, now):
                     self._end(lease, EventType.LEASE_EXPIRED, f"not renewed for {lease.ttl_seconds:g} s")
                 if self.book.line:
-                    await self._observer.look_again(LEASE_LOOK_SECONDS, with_processes=self._observer.follow_processes)
+                    await self._look_for_a_promise()
                     self._serve_line()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._until_next(now)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -132,7 +133,7 @@ def build(
         clock,
         journal,
         rules,
-        snapshot=observer.look,
+        snapshot=observer.known,
         leased_bytes=admissions.leased_to,
         on_demand=observer.changed.set,
     )
@@ -219,6 +220,9 @@ async def serve(settings: Settings) -> int:
         daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui)
         stack.callback(daemon.close)
         await stack.enter_async_context(daemon.listening())
+        # What is there by now stays: it need not be walked through again and again while somebody waits for an answer.
+        gc.collect()
+        gc.freeze()
         logger.info("Listening on {}", settings.service.vram_socket)
         status = await _until_stopped(daemon, nvml, stop)
     logger.info("Stopped")

@@ -139,16 +139,20 @@ class Observer:
 
     def look(self) -> Snapshot:
         """What is known now. Tells sensors that were lost or came back since the last look."""
+        snapshot = self.known()
+        self._announce()
+        return snapshot
+
+    def known(self) -> Snapshot:
+        """What is known now."""
         at = self._clock.monotonic()
-        snapshot = Snapshot(
+        return Snapshot(
             taken_at=at,
             gpus=self._gpus.now(at) if self._gpus else Off(),
             ollama=self._ollama.now(at) if self._ollama else Off(),
             comfyui=self._stats.now(at) if self._stats else Off(),
             queue=self._queue.now(at) if self._queue else Off(),
         )
-        self._announce()
-        return snapshot
 
     @property
     def ready(self) -> bool:
@@ -166,8 +170,10 @@ class Observer:
                 states[sense.sensor] = reading
         return states
 
-    async def look_again(self, max_age_seconds: float, *, with_processes: bool = False) -> None:
-        """The GPUs are read now, unless that was done less than so long ago: a promise needs fresh numbers.
+    async def look_again(
+        self, max_age_seconds: float, *, after: float = float("-inf"), with_processes: bool = False
+    ) -> None:
+        """The GPUs are read now, unless that was done less than so long ago and `after` that moment.
 
         Waits no longer than FRESH_SECONDS; what a driver that hangs does not tell stays as old as it is.
         """
@@ -177,7 +183,7 @@ class Observer:
         # Twice: a look under way that is joined may have been begun without the processes.
         for _ in range(2):
             known = sense.reading.at if isinstance(sense.reading, Seen) else float("-inf")
-            fresh = self._clock.monotonic() - known <= max_age_seconds
+            fresh = self._clock.monotonic() - known <= max_age_seconds and known > after
             if fresh and (self._list_is_new or not with_processes):
                 return
             if self._looking is None or self._looking.done():
@@ -187,6 +193,8 @@ class Observer:
             if not self._looking.done():
                 return
             self._looking.result()
+            if self._list_is_new or not with_processes:
+                return
 
     def pace(self, seconds: float) -> None:
         """How fast the cycle beats now: sensors that can follow, do."""

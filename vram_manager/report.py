@@ -94,7 +94,7 @@ def leases_in_words(listed: dict[str, Any]) -> str:
     for one in listed["line"]:
         when = "no ETA" if one["eta_seconds"] is None else f"ETA {one['eta_seconds']:.0f} s (estimate)"
         lines.append(
-            f"  {one['position']}. {one['owner']}: {gib(one['required_bytes'])}, {one['priority']}, "
+            f"  {one['position']}. {one['owner']}: {one['required']}, {one['priority']}, "
             f"for {one['waited_seconds']:.0f} s, {when}"
         )
     return "\n".join(lines)

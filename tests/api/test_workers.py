@@ -49,7 +49,7 @@ class Desk:
     def __init__(self) -> None:
         self.used_gib = 5.0
         self.allowed = True
-        self.looks = 0
+        self.looks: list[float] = []
         clock = Clock(lambda: 0.0, lambda: NOON)
         leased = {"leased": 2 * GIB}
         journal = Journal(clock, FakeStore())  # type: ignore[arg-type]
@@ -58,8 +58,8 @@ class Desk:
         application = Starlette(routes=known, exception_handlers={BadRequest: bad_request})
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://vram")
 
-    async def look(self) -> None:
-        self.looks += 1
+    async def look(self, max_age_seconds: float) -> None:
+        self.looks.append(max_age_seconds)
 
     def seen(self) -> Snapshot:
         return snapshot(0, gpus(gpu(total_gib=12, free_gib=12 - self.used_gib), second(total_gib=12, free_gib=12)))
@@ -318,4 +318,13 @@ async def test_a_number_that_is_none_is_wrong(desk: Desk):
 async def test_the_gpu_is_looked_at_again_before_a_limit_is_judged() -> None:
     desk = Desk()
     await desk.post(LIMITS, owner="w")
-    assert desk.looks == 1
+    assert desk.looks == [0.25]
+
+
+async def test_what_is_measured_by_the_gpu_is_measured_now() -> None:
+    desk = Desk()
+    await desk.post(GENERATIONS, owner="w", phase="start", id="1")
+    await desk.post(POINTS, event="startup")
+    assert desk.looks == [0.0, 0.0]
+    await desk.post(GENERATIONS, owner="w", phase="end", id="1", allocated_bytes=5)
+    assert desk.looks == [0.0, 0.0]

@@ -494,3 +494,40 @@ def test_a_lease_is_what_was_admitted() -> None:
     assert (blind.gpu, as_gib(blind.bytes)) == (None, 8.0)
     share = lease_of(request("5%"), verdict(request(8), snapshot(0, Missing("x"), comfyui=Missing("y"))), "l", 0.0)
     assert as_gib(share.bytes) == 8.0
+
+
+def test_who_waits_is_admitted_when_the_question_goes_away() -> None:
+    line = (waiting(20, "worker-1", 95),)
+    full = snapshot(100, gpu(free_gib=1))
+    blind = snapshot(100, Missing("gone"), comfyui=Missing("down"))
+    for seen, rules in ((full, Rules(enabled=False)), (full, Rules(dry_run=True)), (blind, RULES)):
+        found = whose_turn(book(line=line), seen, rules)
+        assert found is not None
+        assert found[1].admitted
+    assert whose_turn(book(line=line), blind, Rules(fail_open=False)) is None
+
+
+def test_who_waits_for_a_model_is_admitted_once_it_is_loaded() -> None:
+    line = (waiting(20, "worker-1", 95, about=of_ollama(20)),)
+    seen = snapshot(100, gpu(free_gib=1), ollama=ollama(model("llama3.1:8b", size_gib=20)))
+    found = whose_turn(book(line=line), seen, RULES)
+    assert found is not None
+    assert found[1].admitted
+
+
+def test_who_waits_for_a_card_that_is_lost_is_asked_about_no_other() -> None:
+    line = (waiting(4, "worker-1", 95, gpu="0"),)
+    lost = snapshot(100, gpus(gpu(free_gib=Missing("lost")), second()))
+    found = whose_turn(book(line=line), lost, RULES)
+    assert found is not None
+    assert found[1].fail_open
+
+
+def test_who_waits_for_more_than_there_is_any_more_is_told_so() -> None:
+    found = whose_turn(book(line=(waiting(40, "worker-1", 95),)), snapshot(100, gpu(free_gib=1)), RULES)
+    assert found is not None
+    assert found[1].hopeless
+
+
+def test_where_nobody_waits_nothing_is_kept() -> None:
+    assert kept_before(request(4), book(), snapshot(100, gpu(free_gib=10)), RULES) == {}

@@ -37,7 +37,7 @@ def leaks_of(sizes: Iterable[float], rules: Rules = RULES) -> list[tuple[int, Le
     return found
 
 
-# The scenarios of the fourth seed.
+# The scenarios of a pipeline with fixed budgets.
 
 
 def test_a_hundred_generations_that_keep_less_than_100_mib_more_are_no_leak() -> None:

@@ -18,7 +18,7 @@ from vram_manager.domain.worker import AtHardLimit, Check, Excursion, Fit, Level
 from vram_manager.policy import Rules
 from vram_manager.policy.limits import Ask, check, chosen, demand, fit, foretold, relaxed, watched
 
-# The card of the fourth seed: 12 GiB, a warning above 11.0 and a stop above 11.5.
+# The card of a pipeline with fixed budgets: 12 GiB, a warning above 11.0 and a stop above 11.5.
 RULES = Rules(soft_limit=Size(bytes=11 * GIB), hard_limit=Size(bytes=gib(11.5)))
 AT_ONCE = replace(RULES, soft_limit_seconds=0.0)
 LOST = Missing("the driver is gone")
@@ -82,7 +82,7 @@ class Desk:
         return [event for event in self.told if event.type is EventType.HARD_LIMIT]
 
 
-# The scenarios of the fourth seed.
+# The scenarios of a pipeline with fixed budgets.
 
 
 def test_normal_operation_within_the_limits_says_nothing() -> None:

@@ -138,7 +138,7 @@ class Worker:
             await asyncio.sleep(min(lease.ttl_seconds / 3, max(0.01, until - self.site.now())))
             if self.site.up.is_set():
                 with contextlib.suppress(NoSuchLease):
-                    self.site.daemon.admissions.renew(lease.id)
+                    await self.site.daemon.admissions.renew(lease.id)
 
     def dies(self) -> None:
         """All its memory is back at once, and nobody says anything."""
@@ -422,13 +422,26 @@ async def test_a_claim_is_not_set_against_a_look_from_before_it_was_true(tmp_pat
 
 
 @marked
+async def test_an_end_is_not_set_against_a_look_from_before_it(tmp_path: Path) -> None:
+    async with site(tmp_path) as place:
+        worker = place.hire()
+        lease = await worker.ask(4 * GIB)
+        assert lease is not None
+        await asyncio.sleep(2.3)
+        await place.daemon.observer.look_again(0.0)
+        await worker.load(lease, GIB // 2)
+        await worker.release(lease)
+        assert await place.hire().ask(round(21.2 * GIB)) is None
+
+
+@marked
 async def test_who_names_its_process_later_may_not_count_what_that_had_before(tmp_path: Path) -> None:
     async with site(tmp_path, shows_processes=True) as place:
         worker = place.hire(seen=True)
         place.ledgers["GPU-0"].claim(worker.name, 8 * GIB)
         lease = await worker.ask(8 * GIB, pid=None)
         assert lease is not None
-        place.daemon.admissions.renew(lease.id, pid=worker.pid)
+        await place.daemon.admissions.renew(lease.id, pid=worker.pid)
         assert await place.hire().ask(6 * GIB) is None
 
 

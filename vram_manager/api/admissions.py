@@ -167,6 +167,7 @@ class AdmissionRoutes:
         return {
             "position": waiting.position,
             "owner": request.owner,
+            "required": str(request.estimate.size),
             "required_bytes": request.estimate.size.bytes,
             "gpu": request.gpu,
             "priority": request.priority.name.lower(),
@@ -181,7 +182,7 @@ class AdmissionRoutes:
         ttl = fields.number(body, "ttl_seconds", least=1.0, most=MAX_TTL_SECONDS)
         claimed = fields.whole(body, "claimed_bytes")
         with _known():
-            lease = self._admissions.renew(
+            lease = await self._admissions.renew(
                 http.path_params["id"],
                 ttl_seconds=ttl,
                 pid=self._processes.seen_as(_peer_pid(http), named_pid) if named_pid else None,

@@ -76,7 +76,7 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
             Route("/v1/decisions", routes.decisions),
             Route("/v1/free", guarded(routes.free), methods=["POST"]),
             *parts.admissions.routes(guarded),
-            *workers.routes(parts.workers, guarded, lambda: parts.observer.look_again(CHECK_LOOK_SECONDS)),
+            *workers.routes(parts.workers, guarded, parts.observer.look_again),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
         ],
@@ -105,7 +105,11 @@ class _Routes:
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def health_vram(self, request: Request) -> Response:
-        return JSONResponse(views.health_vram(self._parts.cycle.snapshot))
+        if self._parts.cycle.snapshot is None:
+            return JSONResponse(views.health_vram(None))
+        # Workers decide by it: the last turn may be as old as the slowest beat.
+        await self._parts.observer.look_again(CHECK_LOOK_SECONDS)
+        return JSONResponse(views.health_vram(self._parts.observer.known()))
 
     async def snapshot(self, request: Request) -> Response:
         leases = self._parts.admissions.views()

@@ -24,13 +24,16 @@ MAX_ENTRIES, MAX_ENTRY_NAME = 256, 256
 _SHOWN = 80
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+
+
 class JSONResponse(Response):
     """JSON in ASCII: a name from outside that UTF-8 cannot say must not turn an answer into a 500."""
 
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return _ENCODER.encode(content).encode()
 
 
 class BadRequest(Exception):

@@ -201,6 +201,7 @@ _WAITING = {
     "properties": {
         "position": {"type": "integer"},
         "owner": {"type": "string"},
+        "required": {"type": "string", "description": "As asked for: 8.0 GiB, or 90%"},
         "required_bytes": _nullable("integer"),
         "gpu": _nullable("string"),
         "priority": {"type": "string"},

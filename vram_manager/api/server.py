@@ -43,30 +43,31 @@ class _Told(logging.Handler):
 
 
 class _Joined:
-    """A transport that sends what is written in one turn of the loop in one piece.
+    """A transport that sends the head of an answer together with its body.
 
-    uvicorn writes head and body apart: two system calls, and a client that is woken twice for one answer.
+    uvicorn writes them apart: two system calls, and a client that is woken twice for one answer.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._loop = loop
-        self._parts: list[bytes] = []
+        self._head = b""
 
     def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._loop.call_soon(self._flush)
-        self._parts.append(data)
+        # Only where a body follows at once; the head of a stream must not wait for its first event.
+        if not self._head and data.startswith(b"HTTP/1.1 ") and b"\r\ncontent-length: " in data:
+            self._head = data
+            return
+        self._transport.write(self._head + data)
+        self._head = b""
+
+    def flush(self) -> None:
+        """What had no body after all."""
+        if self._head:
+            self.write(b"")
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
-
-    def _flush(self) -> None:
-        if self._parts:
-            data = b"".join(self._parts)
-            self._parts.clear()
-            self._transport.write(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -80,7 +81,8 @@ class _Protocol(HttpToolsProtocol):
     _in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(_Joined(transport, self.loop))  # type: ignore[arg-type]
+        self._joined = _Joined(transport)
+        super().connection_made(self._joined)  # type: ignore[arg-type]
         self.client = _peer(transport) or self.client
         if len(self.connections) > CONNECTIONS:
             transport.abort()
@@ -93,16 +95,21 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            self._late = self._late or self.loop.call_later(HEAD_SECONDS, self.transport.close)
         if self._head_bytes > HEAD_BYTES:
             self.send_400_response("The head of the request is too large.")
-        else:
-            super().data_received(data)
+            return
+        super().data_received(data)
+        if self._in_head and self._head_bytes and self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
         self._in_time()
         self._in_head, self._head_bytes = False, 0
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        self._joined.flush()
+        super().on_response_complete()
 
     def on_message_complete(self) -> None:
         self._in_head = True

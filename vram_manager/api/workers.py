@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from vram_manager.admissions import CHECK_LOOK_SECONDS
 from vram_manager.api.fields import (
     BadRequest,
     JSONResponse,
@@ -36,10 +37,12 @@ MAX_SLOT = 2**63 - 1
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def routes(workers: Workers, guarded: Callable[[Handler], Handler], look: Callable[[], Awaitable[None]]) -> list[Route]:
+def routes(
+    workers: Workers, guarded: Callable[[Handler], Handler], look: Callable[[float], Awaitable[None]]
+) -> list[Route]:
     """The routes; `guarded` lets those that change something through only where that is allowed.
 
-    `look` has the GPUs read again before a limit is judged, unless that was done just now.
+    `look` has the GPUs read again before something is judged by them, unless that was done less than so long ago.
     """
     own = _Routes(workers, look)
     return [
@@ -53,7 +56,7 @@ def routes(workers: Workers, guarded: Callable[[Handler], Handler], look: Callab
 
 
 class _Routes:
-    def __init__(self, workers: Workers, look: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, workers: Workers, look: Callable[[float], Awaitable[None]]) -> None:
         self._workers = workers
         self._look = look
 
@@ -63,7 +66,7 @@ class _Routes:
         owner, context = text(body, "owner") or UNNAMED, text(body, "context") or ""
         requested_bytes = (whole(body, "requesting_mb", most=MAX_BYTES // MIB) or 0) * MIB
         report = _report(body)
-        await self._look()
+        await self._look(CHECK_LOOK_SECONDS)
         with _gpu_known():
             found = self._workers.check_limits(owner, report, requested_bytes=requested_bytes, context=context)
         return JSONResponse(asdict(found))
@@ -74,6 +77,9 @@ class _Routes:
         owner, key = needed(text(body, "owner"), "owner"), needed(text(body, "id"), "id")
         phase = Phase(needed(one_of(body, "phase", tuple(Phase)), "phase"))
         slot, report = _slot(body), _report(body)
+        if report.held_bytes is None:
+            # It is measured by the GPU, and what it does between two looks would count for the next one.
+            await self._look(0.0)
         with _gpu_known():
             found = self._workers.generation(owner, phase, key, report, slot=slot)
         return JSONResponse(asdict(found))
@@ -97,6 +103,7 @@ class _Routes:
         owner, body = _owner(request), await json_body(request)
         no_others(body, ("event", "slot", *_REPORT))
         event, slot, report = needed(text(body, "event"), "event"), _slot(body), _report(body)
+        await self._look(0.0)
         with _gpu_known():
             found = self._workers.snapshot_of(owner, event, report, slot=slot)
         return JSONResponse(asdict(found))

@@ -69,6 +69,9 @@ def check_vram_sufficient(required_mb: int, safety_margin_mb: int | None = None)
         logger.warning("VRAM check: %s %s: %s", needed, "admitted unseen" if admitted else "refused unseen", error)
         return admitted
     available = "unknown" if admission.available_bytes is None else f"{admission.available_bytes // 2**20} MB"
+    if admission.fail_open:
+        logger.warning("VRAM check: %s admitted unseen: %s", needed, admission.reason)
+        return True
     if admission.admitted and not admission.dry_run:
         logger.info("VRAM check: %s, %s available: sufficient", needed, available)
         return True

@@ -373,16 +373,31 @@ def in_order(book: Book, now: float) -> list[Ticket]:
 def whose_turn(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Ticket, Verdict] | None:
     """The first in line who can be admitted now, without overtaking who may not be overtaken."""
     kept: dict[str, str] = {}
+    gpus = gpus_seen(snapshot)
     for ticket in in_order(book, snapshot.taken_at):
-        verdict = judge(ticket.request, snapshot, book, rules, kept=kept)
-        if verdict.admitted or verdict.hopeless:
-            return ticket, verdict
+        if not _stays(ticket.request, snapshot, gpus, kept, rules):
+            verdict = judge(ticket.request, snapshot, book, rules, kept=kept)
+            if verdict.admitted or verdict.hopeless:
+                return ticket, verdict
         kept |= _kept_for(ticket, snapshot, book, rules)
     return None
 
 
+def _stays(request: Request, snapshot: Snapshot, gpus: Gpus | Missing, kept: Mapping[str, str], rules: Rules) -> bool:
+    """Nothing but room could help it, and there is none: the short way to a verdict whose words nobody will read."""
+    if not rules.enabled or rules.dry_run or request.dry_run or isinstance(gpus, Missing):
+        return False
+    rooms = _rooms(request, snapshot, gpus, rules)
+    if isinstance(rooms, Missing) or loaded(request.estimate, snapshot) is not None:
+        return False
+    possible = any(room.need_bytes <= room.memory.usable_bytes for room in rooms)
+    return possible and all(room.shortfall_bytes > 0 or room.gpu.uuid in kept for room in rooms)
+
+
 def kept_before(request: Request, book: Book, snapshot: Snapshot, rules: Rules) -> dict[str, str]:
     """The GPUs that a newcomer may not have, as somebody before it waits for them; and who."""
+    if not book.line:
+        return {}
     now = snapshot.taken_at
     newcomer = Ticket(request=request, since=now)
     kept: dict[str, str] = {}
@@ -424,6 +439,8 @@ def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
     if isinstance(gpus, Missing):
         return ()
     for ticket in in_order(book, snapshot.taken_at):
+        if len(asks) == len(gpus.gpus):
+            break
         request = ticket.request
         rooms = _rooms(request, snapshot, gpus, rules)
         # ComfyUI makes room for its own prompts: asking it to would only cost it a reload.
