@@ -624,6 +624,30 @@ def test_a_thousand_calls_leave_no_more_behind_than_a_hundred(card: InThread, di
     assert kept(card) - before < 100
 
 
+def test_what_is_free_is_what_is_free_now(serve):
+    real = serve(80, VRAM_CHECK_INTERVAL="5")
+    uses(real, 65 * GIB)
+    assert get_available_vram() == 15 * 1024
+
+
+def test_a_generation_without_torch_is_measured_by_the_gpu_at_its_ends(serve):
+    real = serve(12, VRAM_CHECK_INTERVAL="5")
+    with VramClient(owner="x", fail_open=False) as vram:
+        with vram.generation() as generation:
+            real.card.holders["others"] = GIB
+        assert generation.delta_bytes == GIB
+        real.card.holders["others"] = 2 * GB
+        assert vram.snapshot("post_generation")["vram_usage_gb"] == 2.0
+
+
+def test_a_daemon_that_cannot_see_is_told_in_the_workers_log(h100, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "vram_manager")
+    h100.gpus.error = h100.comfyui.error = SensorError("NVML: driver gone")
+    h100.ahead += 60
+    assert check_vram_sufficient(8192)
+    assert "admitted unseen" in caplog.messages[-1]
+
+
 # What the README says of all this.
 
 SECTION = "## From a hand-written monitor\n"
@@ -654,27 +678,3 @@ def test_every_test_of_this_file_is_in_the_readme():
     source = Path(__file__).read_text().partition("# What the README says")[0]
     here = set(re.findall(r"^def (test_\w+)\(", source, flags=re.MULTILINE))
     assert here == {name for file, name in named() if file == "tests/test_wishes.py"}
-
-
-def test_what_is_free_is_what_is_free_now(serve) -> None:
-    real = serve(80, VRAM_CHECK_INTERVAL="5")
-    uses(real, 65 * GIB)
-    assert get_available_vram() == 15 * 1024
-
-
-def test_a_generation_without_torch_is_measured_by_the_gpu_at_its_ends(serve) -> None:
-    real = serve(12, VRAM_CHECK_INTERVAL="5")
-    with VramClient(owner="x", fail_open=False) as vram:
-        with vram.generation() as generation:
-            real.card.holders["others"] = GIB
-        assert generation.delta_bytes == GIB
-        real.card.holders["others"] = 2 * GB
-        assert vram.snapshot("post_generation")["vram_usage_gb"] == 2.0
-
-
-def test_a_daemon_that_cannot_see_is_told_in_the_workers_log(h100, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "vram_manager")
-    h100.gpus.error = h100.comfyui.error = SensorError("NVML: driver gone")
-    h100.ahead += 60
-    assert check_vram_sufficient(8192)
-    assert "admitted unseen" in caplog.messages[-1]
