@@ -410,13 +410,15 @@ class Admissions:
 
         For the cycle: a new look may be somebody's turn.
         """
+        self._note_prompts(snapshot)
         if self.book.line:
             self._poked.set()
         return self._with_promises(snapshot)
 
     def _with_promises(self, snapshot: Snapshot) -> Snapshot:
+        if not self.book.leases and not self.book.line:
+            return snapshot
         self._account(snapshot)
-        self._note_prompts(snapshot)
         leased = outstanding(self.book)
         shown: dict[str | None, int] = {}
         for lease in self.book.leases.values():

@@ -68,6 +68,9 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
 
     return Starlette(
         routes=[
+            # First what workers ask in every step of their work: routes are tried in this order.
+            *workers.routes(parts.workers, guarded, parts.observer.look_again),
+            *parts.admissions.routes(guarded),
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/health/vram", routes.health_vram),
@@ -75,8 +78,6 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
             Route("/v1/events", routes.events),
             Route("/v1/decisions", routes.decisions),
             Route("/v1/free", guarded(routes.free), methods=["POST"]),
-            *parts.admissions.routes(guarded),
-            *workers.routes(parts.workers, guarded, parts.observer.look_again),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
         ],

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from vram_manager.domain.action import Stage
 from vram_manager.domain.reading import Missing, Seen
@@ -164,6 +165,7 @@ def can_use(gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:
     return rules.ollama_gpu is None or named(gpus, rules.ollama_gpu) is gpu
 
 
+@lru_cache(maxsize=8)
 def weights_may_hide(comfyui: ComfyUIState) -> bool:
     """Whether DynamicVRAM may be on, so that weights are in none of torch's numbers.
 
