@@ -310,14 +310,14 @@ async def test_a_disk_that_is_full_is_told_once_and_nobody_is_turned_away(tmp_pa
     async with at_work(tmp_path) as desk:
         said: list[str] = []
         logger.add(said.append, format="{message}", level="WARNING")
-        desk.admissions._store = FullDisk(desk.store)
+        desk.admissions._records._store = FullDisk(desk.store)
         for number in range(3):
             assert (await desk.ask(request(1, id=f"q{number}"))).lease is not None
         await asyncio.sleep(5)
         assert [line.strip() for line in said] == [
             "Leases cannot be written (disk full): a restart of the daemon will forget them"
         ]
-        desk.admissions._store = desk.store
+        desk.admissions._records._store = desk.store
         await asyncio.sleep(5)
     async with at_work(tmp_path) as desk:
         assert len(desk.admissions.book.leases) == 3
@@ -360,3 +360,15 @@ async def test_while_somebody_waits_the_gpu_is_looked_at_four_times_a_second(tmp
         await asyncio.sleep(10)
         assert 35 <= len(desk.gpus.reads) - before <= 90
         await waiting
+
+
+async def test_who_waits_for_a_gpu_that_drops_off_the_bus_is_told_and_nobody_else_suffers(tmp_path: Path):
+    async with at_work(tmp_path) as desk:
+        desk.gpus.cards.append(Card("GPU-b", total_gib=24, game=20 * GIB))
+        await asyncio.sleep(5)
+        waiting = asyncio.create_task(desk.ask(request(8, gpu="GPU-b", wait_seconds=600.0)))
+        await until(lambda: desk.line)
+        desk.gpus.cards.pop()
+        answer = await waiting
+        assert "gpu is GPU-b: must be the index or UUID of one of 0 (GPU-a)" in answer.verdict.reason
+        assert (await desk.ask(request(4, owner="other"))).lease is not None

@@ -648,3 +648,12 @@ def test_an_entry_as_json_has_every_field_that_outsiders_read():
         "peak_bytes": None,
         "decision_id": None,
     }
+
+
+def test_what_a_worker_is_told_comes_from_no_decision_of_a_turn():
+    journal = a_journal()
+    journal.decided(Decision(branch="3 nobody", reason="nobody needs more", watch=Watch()))
+    assert journal.record(BACK).decision_id == "decision-0001"
+    for kind in (EventType.ADMITTED, EventType.SOFT_LIMIT, EventType.LEAK):
+        assert journal.record(Event(type=kind, target="GPU 0")).decision_id is None
+    assert journal.record(Event(type=EventType.DRY_RUN, target="worker:tts")).decision_id is None

@@ -10,7 +10,7 @@ snapshot).
     observer               one task per sensor, each with its deadline and cadence; gives a Snapshot
     actuator               the only door out: looks again, asks, says what was asked
     admissions, workers    the desk: leases, the line; limits, generations   estimates  how much it will need
-    journal, store         the only place that records: ring, SQLite, log line, counters
+    journal, store         the only place that records: ring, SQLite, log line, counters   lease_records  its leases
     metrics, api           what people and machines read: Prometheus, JSON, the event stream
     domain                 values only          policy    pure rules: values and `now` in, value out
     gpus, backends         the rim: one file per outside system

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
-import sqlite3
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loguru import logger
 
 from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
-from vram_manager.domain.lease import Book, Estimate, Lease, Priority, Request, Source, Ticket, Verdict
+from vram_manager.domain.lease import Book, Lease, Request, Ticket, Verdict
 from vram_manager.domain.reading import Missing, Seen
-from vram_manager.domain.size import Size, gib
+from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.journal import Journal
+from vram_manager.lease_records import LeaseRecords
 from vram_manager.observer import Observer
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import Pace, demands, in_order, judge, kept_before, lease_of, whose_turn
+from vram_manager.policy.admission import Pace, demands, in_order, judge, kept_before, lease_of, unknown_gpu, whose_turn
 from vram_manager.policy.leases import Families, account, at_grant, ended, granted, outstanding, overdue, put, renewed
 from vram_manager.processes import Processes
 from vram_manager.store import Store
@@ -38,10 +37,7 @@ LEASE_LOOK_SECONDS = 0.05
 # An answer without a promise may be as old as the beat of a daemon that is at work.
 CHECK_LOOK_SECONDS = 0.25
 LINE_BEAT_SECONDS = 0.25
-SAVE_SECONDS = 1.0
 MAX_LINE, MAX_LINE_PER_OWNER, MAX_LEASES, MAX_LEASES_PER_OWNER = 256, 16, 1024, 128
-# A lease that nobody renewed over this many starts of the daemon is nobody's any more.
-MAX_RESTORES = 3
 # The same refusal again within this time is counted and not told.
 SAME_REFUSAL_SECONDS = 10.0
 _OWNERS_REMEMBERED, _DURATIONS_REMEMBERED = 256, 10
@@ -83,17 +79,13 @@ class Admissions:
         self._clock = clock
         self._observer = observer
         self._journal = journal
-        self._store = store
         self._rules = rules
         self._processes = processes
         self.book = Book()
         self._turn: dict[tuple[str, str], asyncio.Future[Verdict]] = {}
         self._ends: dict[str, set[asyncio.Event]] = {}
         self._poked = asyncio.Event()
-        self._unsaved: dict[str, Lease | None] = {}
-        self._to_save = asyncio.Event()
-        self._saving = asyncio.Lock()
-        self._save_failed = False
+        self._records = LeaseRecords(store)
         self._closing = False
         self._ended_at = float("-inf")
         self._nobody: tuple[object, ...] | None = None
@@ -105,7 +97,10 @@ class Admissions:
         self._refused: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.on_answer: Callable[[str, float], None] = lambda outcome, waited: None
         self.on_end: Callable[[Lease], None] = lambda lease: None
-        self._restore()
+        for lease in self._records.restored(clock.monotonic(), self._lives):
+            self._keep(lease)
+        if self.book.leases:
+            logger.info("{} leases of the last run go on", len(self.book.leases))
 
     # ---- asking
 
@@ -121,13 +116,15 @@ class Admissions:
         # Asked twice at once with the same id: the first has been served meanwhile.
         if (known := self._same(request)) is not None:
             return Answer(self._as_granted(known), known, 0.0)
+        if (unknown := unknown_gpu(request, self._observer.known())) is not None:
+            raise LookupError(unknown)
         verdict = self._admit(request)
         if not verdict.admitted and (wait := self._may_wait(request, verdict)):
             verdict = await self._in_line(request, verdict, wait, gone)
         waited = self._clock.monotonic() - began
         lease = self._same(request) if verdict.admitted else None
         if lease is not None:
-            await self._saved()
+            await self._records.saved()
         self._tell(request, verdict, lease, waited)
         return Answer(verdict, lease, waited)
 
@@ -267,6 +264,8 @@ class Admissions:
             except TooMany as error:
                 verdict = replace(verdict, admitted=False, reason=str(error))
             self.book = replace(self.book, line=tuple(one for one in self.book.line if one is not ticket))
+            # The room may be the proof of a free: the cycle must see it before it is taken.
+            self._observer.changed.set()
             turn = self._turn.get((ticket.request.owner, ticket.request.id))
             if turn is not None and not turn.done():
                 turn.set_result(verdict)
@@ -339,9 +338,7 @@ class Admissions:
         """Writes the rest. Blocks."""
         for lease_id in self.book.leases:
             self._processes.unwatch(lease_id)
-        rows = {lease_id: None if lease is None else _as_json(lease) for lease_id, lease in self._unsaved.items()}
-        with contextlib.suppress(sqlite3.Error):
-            self._store.save_leases(rows)
+        self._records.flush()
 
     def _hold(self, lease_id: str, more: int) -> None:
         lease = self.lease(lease_id)
@@ -352,12 +349,15 @@ class Admissions:
         """`lease` in the book, on its way to the disk, and watched."""
         before = self.book.leases.get(lease.id)
         self.book = granted(self.book, lease) if new else put(self.book, lease)
-        if before is None or _lasting(before) != _lasting(lease):
-            self._save_later(lease.id, lease)
+        self._records.changed(lease, before)
         if lease.pid is not None and (before is None or before.pid != lease.pid):
             self._processes.watch(lease.id, lease.pid, lambda: self._holder_gone(lease.id))
         self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())
         self._poke()
+
+    def _lives(self, lease: Lease) -> bool:
+        """Its process is still the one it was granted to, as far as it was told."""
+        return lease.pid is None or self._processes.started(lease.pid) == lease.pid_started
 
     def _holder_gone(self, lease_id: str) -> None:
         lease = self.book.leases.get(lease_id)
@@ -369,11 +369,11 @@ class Admissions:
         self._processes.unwatch(lease.id)
         self._ended_at = now
         before, self.book = self.book, ended(self.book, lease.id)
-        self._save_later(lease.id, None)
+        self._records.ended(lease.id)
         for other in self.book.leases.values():
             # What the ended one may have left behind must not pass for theirs after a restart either.
             if other is not before.leases[other.id]:
-                self._save_later(other.id, other)
+                self._records.changed(other, before.leases[other.id])
         self._over(lease.id)
         self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())
         durations = self._durations.setdefault(lease.owner, deque(maxlen=_DURATIONS_REMEMBERED))
@@ -491,7 +491,7 @@ class Admissions:
     async def run(self) -> None:
         """Ends what is overdue and serves the line, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write_behind(), name="write leases")
+            tasks.create_task(self._records.write_behind(), name="write leases")
             while True:
                 self._poked.clear()
                 now = self._clock.monotonic()
@@ -535,13 +535,13 @@ class Admissions:
                     took_seconds=waited,
                 )
             )
-        elif verdict.admitted and not verdict.dry_run and not verdict.fail_open:
-            logger.debug("{} may have {}", request.owner, verdict.reason)
+        if verdict.admitted and not verdict.dry_run:
+            if verdict.fail_open and self._worth_telling(request, outcome):
+                logger.warning("Admitted {} blindly: {}", request.owner, verdict.reason)
+            elif lease is None:
+                logger.debug("{} may have {}", request.owner, verdict.reason)
         elif self._worth_telling(request, outcome):
             kind = EventType.DRY_RUN if verdict.dry_run else EventType.REFUSED
-            if verdict.fail_open:
-                logger.warning("Admitted {} blindly: {}", request.owner, verdict.reason)
-                return
             self._journal.record(
                 Event(
                     type=kind,
@@ -566,54 +566,6 @@ class Admissions:
             self._refused.popitem(last=False)
         return True
 
-    # ---- keeping
-
-    def _restore(self) -> None:
-        """Leases of the last run, each with its whole time before it: their owners could not renew meanwhile."""
-        now = self._clock.monotonic()
-        for lease_id, body in self._store.leases().items():
-            lease = _from_json(body, now)
-            gone = lease is not None and lease.pid is not None and not self._same_process(lease)
-            if lease is None or gone or lease.restores > MAX_RESTORES:
-                self._save_later(lease_id, None)
-            else:
-                self._keep(lease)
-        if self.book.leases:
-            logger.info("{} leases of the last run go on", len(self.book.leases))
-
-    def _save_later(self, lease_id: str, lease: Lease | None) -> None:
-        self._unsaved[lease_id] = lease
-        self._to_save.set()
-
-    def _same_process(self, lease: Lease) -> bool:
-        return lease.pid is not None and self._processes.started(lease.pid) == lease.pid_started
-
-    async def _saved(self) -> None:
-        """What was promised until now is on the disk, or the disk cannot be written, which is said once."""
-        async with self._saving:
-            batch, self._unsaved = self._unsaved, {}
-            if not batch:
-                return
-            rows = {lease_id: None if lease is None else _as_json(lease) for lease_id, lease in batch.items()}
-            try:
-                await asyncio.to_thread(self._store.save_leases, rows)
-            except sqlite3.Error as error:
-                self._unsaved = batch | self._unsaved
-                self._to_save.set()
-                if not self._save_failed:
-                    logger.warning("Leases cannot be written ({}): a restart of the daemon will forget them", error)
-                self._save_failed = True
-            else:
-                self._save_failed = False
-
-    async def _write_behind(self) -> None:
-        """What nobody waits for, such as an end, is written within a second."""
-        while True:
-            await self._to_save.wait()
-            self._to_save.clear()
-            await asyncio.sleep(SAVE_SECONDS)
-            await self._saved()
-
 
 def _usual(past: Collection[float]) -> float:
     """The middle one: a single long one does not change what is usual. (`statistics` costs 2 MiB and 20 ms.)"""
@@ -636,44 +588,3 @@ def _moment(snapshot: Snapshot) -> tuple[object, ...]:
 def _claimed(lease: Lease, size_bytes: int, now: float) -> Lease:
     peak = max(lease.peak_bytes or 0, size_bytes)
     return replace(lease, claimed_bytes=size_bytes, claimed_at=now, peak_bytes=peak)
-
-
-def _lasting(lease: Lease) -> tuple[object, ...]:
-    """What of a lease must outlive the daemon; the rest is seen again."""
-    return (lease.id, lease.claimed_bytes, lease.pid, lease.gpu, lease.ttl_seconds, lease.restores)
-
-
-def _as_json(lease: Lease) -> str:
-    body = asdict(lease)
-    for seen_again in ("granted_at", "expires_at", "holds", "claimed_at", "visible_bytes", "used_bytes"):
-        del body[seen_again]
-    return json.dumps(body)
-
-
-def _from_json(text: str, now: float) -> Lease | None:
-    """A lease of an earlier run; None when another version wrote something this one cannot read."""
-    try:
-        body: dict[str, Any] = json.loads(text)
-        estimate = body.pop("estimate")
-        known = {name: body[name] for name in Lease.__dataclass_fields__ if name in body}
-        estimate = Estimate(
-            **{
-                **estimate,
-                "size": Size(**estimate["size"]),
-                "source": Source(estimate["source"]),
-                "names": tuple(estimate["names"]),
-            }
-        )
-        ttl = float(body["ttl_seconds"])
-        return Lease(
-            **{
-                **known,
-                "estimate": estimate,
-                "priority": Priority(body["priority"]),
-                "granted_at": now,
-                "expires_at": now + ttl,
-                "restores": int(body["restores"]) + 1,
-            }
-        )
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None

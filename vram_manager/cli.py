@@ -159,7 +159,8 @@ def why(event_or_decision: str | None, as_json: bool) -> None:
         click.echo(event_line(event))
     for decision in reversed(found):
         click.echo(decision_in_words(decision, inputs=True))
-    if related and not found:
+    # What is said to a worker has its whole reason in its own words.
+    if not found and any(not (event["target"] or "").startswith("worker:") for event in related):
         click.echo("The decision behind it was made before the daemon's last start; only the event is remembered.")
 
 

@@ -50,6 +50,19 @@ _PREFIX = {
 }
 
 
+_OF_WORKERS = frozenset(
+    (
+        EventType.ADMITTED,
+        EventType.REFUSED,
+        EventType.LEASE_ENDED,
+        EventType.LEASE_EXPIRED,
+        EventType.SOFT_LIMIT,
+        EventType.HARD_LIMIT,
+        EventType.LEAK,
+    )
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A recorded event: `id` is what people quote, `seq` counts up over restarts."""
@@ -100,7 +113,7 @@ class Journal:
             seq=self._seq,
             at=self._clock.utcnow(),
             event=event,
-            decision_id=decision_id or (self._decisions[-1].id if self._decisions else None),
+            decision_id=decision_id or self._behind(event),
         )
         self._entries.append(entry)
         level, words = line(entry)
@@ -112,6 +125,11 @@ class Journal:
         for listener in self._listeners:
             listener(entry)
         return entry
+
+    def _behind(self, event: Event) -> str | None:
+        """The decision that an event comes from: the newest. What workers ask and do comes from none."""
+        of_workers = event.type in _OF_WORKERS or (event.target or "").startswith("worker:")
+        return None if of_workers or not self._decisions else self._decisions[-1].id
 
     def decided(self, decision: Decision) -> DecisionEntry:
         """Remembers `decision`, folded into the newest one if that concluded the same."""

@@ -72,9 +72,20 @@ def test_without_a_reading_nobody_is_admitted_where_that_is_the_setting() -> Non
     assert verdict(request(1, dry_run=True), blind, rules=Rules(fail_open=False)).admitted
 
 
-def test_a_gpu_that_is_not_there_is_a_mistake_of_the_caller() -> None:
-    with pytest.raises(LookupError, match="gpu is 7: must be the index or UUID of one of 0 \\(GPU-a\\)"):
-        verdict(request(1, gpu="7"), card_4090())
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are() -> None:
+    answer = verdict(request(1, gpu="7"), card_4090())
+    assert (answer.admitted, answer.hopeless) == (False, True)
+    assert answer.reason == "gpu is 7: must be the index or UUID of one of 0 (GPU-a)"
+
+
+def test_who_waits_for_a_gpu_that_has_gone_is_told_so_and_keeps_nobody_out() -> None:
+    line = (waiting(4, "worker-1", 0, gpu="GPU-b"), waiting(4, "worker-2", 95))
+    left = snapshot(100, gpu(free_gib=10))
+    assert demands(book(line=line[:1]), left, RULES) == ()
+    assert kept_before(request(4), book(line=line), left, RULES) == {}
+    found = whose_turn(book(line=line), left, RULES)
+    assert found is not None
+    assert (found[0].request.owner, found[1].hopeless) == ("worker-1", True)
 
 
 # ---- 2. more than there is

@@ -67,10 +67,7 @@ def judge(
     pace: Pace | None = None,
     utcnow: datetime | None = None,
 ) -> Verdict:
-    """The answer to `request` now. `kept` are GPUs kept for somebody who waits, and for whom, in words.
-
-    Raises LookupError when the request names a GPU that is not there.
-    """
+    """The answer to `request` now. `kept` are GPUs kept for somebody who waits, and for whom, in words."""
     # 1. Nothing can be said.
     if not rules.enabled:
         return _unseen(request, rules, "monitoring is off (ENABLE_VRAM_MONITORING=false): everybody is admitted")
@@ -79,6 +76,8 @@ def judge(
         return _blind(request, rules, gpus.why)
     if (name := loaded(request.estimate, snapshot)) is not None:
         return Verdict(admitted=True, reason=f"{name} is wholly on the GPU already", required_bytes=0)
+    if (unknown := unknown_gpu(request, snapshot)) is not None:
+        return _or_dry_run(request, rules, Verdict(admitted=False, hopeless=True, reason=unknown))
     rooms = _rooms(request, snapshot, gpus, rules)
     if isinstance(rooms, Missing):
         return _blind(request, rules, rooms.why)
@@ -98,6 +97,15 @@ def judge(
     reason = _insufficient(request, best, snapshot, gpus, book, rules, kept.get(best.gpu.uuid), wait)
     verdict = _refused(request, best, rules, reason, alternatives=_alternatives(request, open_rooms, rules))
     return replace(verdict, retry_after_seconds=wait)
+
+
+def unknown_gpu(request: Request, snapshot: Snapshot) -> str | None:
+    """What is wrong with the GPU the request names: it is none of those seen, or no longer."""
+    gpus = gpus_seen(snapshot)
+    if request.gpu is None or isinstance(gpus, Missing) or named(gpus, request.gpu) is not None:
+        return None
+    known = ", ".join(f"{one.index} ({one.uuid})" for one in gpus.gpus)
+    return f"gpu is {request.gpu}: must be the index or UUID of one of {known}"
 
 
 def _unseen(request: Request, rules: Rules, why: str) -> Verdict:
@@ -120,8 +128,7 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> li
     if request.gpu is not None:
         gpu = named(gpus, request.gpu)
         if gpu is None:
-            known = ", ".join(f"{one.index} ({one.uuid})" for one in gpus.gpus)
-            raise LookupError(f"gpu is {request.gpu}: must be the index or UUID of one of {known}")
+            return Missing(f"GPU {request.gpu} is not there")
         candidates = [gpu]
     elif request.for_comfyui and isinstance(theirs, Gpu):
         candidates = [theirs]
