@@ -127,6 +127,12 @@ def process(*command: str, **environment: str) -> Iterator[None]:
         child.wait()
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in found]
+
+
 def until(ready: Callable[[], object]) -> None:
     for _ in range(600):
         with contextlib.suppress(OSError, Unreachable):
@@ -140,11 +146,12 @@ def until(ready: Callable[[], object]) -> None:
 def daemon(directory: Path) -> Iterator[str]:
     """`vram-manager run` beside the simulated stack, over the fake NVML library where a compiler is there."""
     path, state = str(directory / "vram.sock"), str(directory / "gpu.state")
-    ports = ["--ollama-port", "21434", "--comfyui-port", "28188"]
+    ollama, comfyui = free_ports(2)
+    ports = ["--ollama-port", str(ollama), "--comfyui-port", str(comfyui)]
     library = str(build(directory).parent) if compiler() else ""
     settings = {
-        "OLLAMA_URL": "http://127.0.0.1:21434",
-        "COMFYUI_URL": "http://127.0.0.1:28188",
+        "OLLAMA_URL": f"http://127.0.0.1:{ollama}",
+        "COMFYUI_URL": f"http://127.0.0.1:{comfyui}",
         "VRAM_SOCKET": path,
         "VRAM_STATE_DIR": str(directory / "state"),
         "FAKE_NVML_STATE": state,
@@ -176,12 +183,12 @@ def report(kinds: dict[str, str], measure: Callable[[str, str], list[float]], bu
             beside[kind] = percentile(taken, 0.5) * 1e3
 
 
-def client_import_cpu_seconds(module: str) -> float:
-    """CPU of a new Python that imports `module` and ends: the least of nine."""
+def cpu_seconds_of(statement: str) -> float:
+    """CPU of a new Python that does only this and ends: the least of nine."""
     taken = []
     for _ in range(9):
         before = os.times()
-        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        subprocess.run([sys.executable, "-c", statement], check=True)
         after = os.times()
         taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
     return min(taken)
@@ -212,8 +219,8 @@ def main() -> None:
         few = max(10, rounds // workers)
         crowd = f"{workers} at once"
         report(kinds, lambda kind, path: at_once(kind, path, workers, few), "p99 <= 20 ms", crowd)
-    bare = client_import_cpu_seconds("sys")
-    cost = (client_import_cpu_seconds("vram_manager.client") - bare) * 1e3
+    asked = "from vram_manager.client import VramClient, check_vram_sufficient"
+    cost = (cpu_seconds_of(asked) - cpu_seconds_of("pass")) * 1e3
     print(f"import of vram_manager.client: {cost:.0f} ms of CPU over bare Python   <= 60 ms")
 
 

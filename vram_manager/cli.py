@@ -233,7 +233,7 @@ def _wish(required: str | None, options: dict[str, Any]) -> dict[str, Any]:
     return {"required": required, **options}
 
 
-def _client(strict: bool, owner: str | None = None) -> Any:
+def _client(strict: bool, owner: str) -> Any:
     """A client that goes on without a daemon unless that is forbidden, and says so in one line."""
     import warnings
 
@@ -258,7 +258,7 @@ def check(required: str | None, as_json: bool, strict: bool, **options: Any) -> 
     from vram_manager.errors import InvalidRequest
 
     try:
-        admission = _client(strict).check(**_wish(required, options))
+        admission = _client(strict, f"cli-{os.getpid()}").check(**_wish(required, options))
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
     if as_json:

@@ -2,7 +2,9 @@
 
 `decide` is the public door and repeats the numbered tree; the other files are its words: `accounting` (who
 holds what), `demands` (who needs what), `pressure`, `guards` (why not now), `settle` (has it come back?),
-`cadence` (when to look again). `Rules` is all they know of the settings.
+`cadence` (when to look again). Beside the tree stand the rules of the desk: `admission` (may I? whose turn is it?),
+`leases` (what is promised and not yet visible), `limits` and `leaks` of workers, `estimate` and `workflow` (how much
+will it need?). `Rules` is all they know of the settings.
 """
 
 from vram_manager.policy.cadence import beat_seconds
