@@ -222,6 +222,14 @@ def test_what_comfyui_holds_counts_for_the_prompt_it_was_leased_for() -> None:
     assert visible(look(held, card(12, comfyui=comfyui(torch_gib=12)))) == {"worker-1": 10.0}
 
 
+def test_what_comfyui_held_before_is_no_measure_of_the_prompt() -> None:
+    held = give(book(), lease(10, for_comfyui=True), card(12, comfyui=comfyui(torch_gib=12), queue=queue(runs=1)))
+    held = look(held, card(12, comfyui=comfyui(torch_gib=12), queue=queue(runs=1)))
+    assert next(iter(held.leases.values())).peak_bytes is None
+    held = look(held, card(7, comfyui=comfyui(torch_gib=7), queue=queue(1, runs=2)))
+    assert next(iter(held.leases.values())).peak_bytes == gib(7)
+
+
 def test_weights_that_hide_are_told_by_what_appeared_once_comfyui_runs() -> None:
     hidden = comfyui(version=DYNAMIC, torch_gib=0)
     held = give(book(), lease(10, for_comfyui=True), card(2, comfyui=hidden, queue=queue(runs=1)))

@@ -221,7 +221,9 @@ def _on(
             visible = min(visible, lease.visible_bytes)
         room -= visible
         said += visible if lease.claimed_bytes is not None else 0
-        counted.append(_noted(lease, visible, used))
+        # What ComfyUI held before it ran says nothing of what this prompt needs.
+        before_it_ran = lease.for_comfyui and now_there.runs == lease.runs_before
+        counted.append(_noted(lease, visible, None if before_it_ran else used))
     return counted
 
 
