@@ -372,3 +372,18 @@ async def test_who_waits_for_a_gpu_that_drops_off_the_bus_is_told_and_nobody_els
         answer = await waiting
         assert "gpu is GPU-b: must be the index or UUID of one of 0 (GPU-a)" in answer.verdict.reason
         assert (await desk.ask(request(4, owner="other"))).lease is not None
+
+
+async def test_what_is_promised_while_nvml_is_gone_is_promised_once(tmp_path: Path):
+    async with at_work(tmp_path, comfyui_gib=0) as desk:
+        assert (await desk.ask(request(8, owner="a"))).lease is not None
+        desk.gpus.error = SensorError("driver gone")
+        await asyncio.sleep(20)
+        second = await desk.ask(request(8, owner="b"))
+        assert second.lease is not None
+        assert second.verdict.gpu is None
+        assert (await desk.ask(request(8, owner="c", wait_seconds=0.0))).lease is None
+        desk.gpus.error = None
+        await asyncio.sleep(5)
+        assert (await desk.ask(request(8, owner="d", wait_seconds=0.0))).lease is None
+        assert {lease.gpu for lease in desk.admissions.book.leases.values()} == {"GPU-a"}

@@ -418,7 +418,7 @@ class Admissions:
         if not self.book.leases and not self.book.line:
             return snapshot
         self._account(snapshot)
-        leased = outstanding(self.book)
+        leased = outstanding(self.book, snapshot)
         shown: dict[str | None, int] = {}
         for lease in self.book.leases.values():
             if not lease.for_comfyui and lease.visible_bytes:

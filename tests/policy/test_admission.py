@@ -542,3 +542,9 @@ def test_who_waits_for_more_than_there_is_any_more_is_told_so() -> None:
 
 def test_where_nobody_waits_nothing_is_kept() -> None:
     assert kept_before(request(4), book(), snapshot(100, gpu(free_gib=10)), RULES) == {}
+
+
+def test_a_card_that_only_comfyui_tells_of_goes_by_no_name() -> None:
+    told = snapshot(0, Missing("NVML is gone"), comfyui=comfyui(free_gib=14))
+    answer = verdict(request(8), told)
+    assert (answer.admitted, answer.gpu, as_gib(answer.available_bytes)) == (True, None, 14.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.policy.desk import RULES, as_gib, book, lease, of_ollama
+from tests.policy.desk import RULES, as_gib, book, estimate, lease, of_ollama
 from tests.policy.worlds import (
     CARD,
     DYNAMIC,
@@ -359,3 +359,20 @@ def test_of_two_unseen_the_later_one_waits_for_the_memory_of_the_first() -> None
     for at in (2.0, 30.0, LATER + 1):
         held = look(held, card(2, at=at))
     assert visible(look(held, card(12, at=LATER + 2))) == {"a": 10.0, "b": 0.0}
+
+
+# ---- while only ComfyUI tells of the memory
+
+
+def test_while_comfyui_alone_tells_of_the_memory_every_promise_counts_there_in_full() -> None:
+    held = look(give(book(), lease(10, pid=7), card(0, (7, 0))), card(10, (7, 10)))
+    told = snapshot(1, Missing("NVML is gone"), comfyui=comfyui(free_gib=14))
+    assert look(held, told) == held
+    assert outstanding(held, told) == {None: gib(10)}
+    assert outstanding(held, card(10)) == {}
+    assert outstanding(book(), told) == {}
+
+
+def test_a_share_that_was_promised_blindly_is_a_share_of_the_card_once_that_is_seen() -> None:
+    held = look(book(lease(0, gpu=None, about=estimate("50%"))), card(0))
+    assert outstanding(held) == {CARD: gib(12)}

@@ -81,7 +81,23 @@ def judge(
     rooms = _rooms(request, snapshot, gpus, rules)
     if isinstance(rooms, Missing):
         return _blind(request, rules, rooms.why)
-    kept = kept or {}
+    verdict = _judged(request, rooms, snapshot, gpus, book, rules, kept or {}, pace or Pace(), utcnow)
+    # The name that ComfyUI's own numbers go by is nobody else's name for the card.
+    return replace(verdict, gpu=None) if gpus.second_hand else verdict
+
+
+def _judged(
+    request: Request,
+    rooms: list[_Room],
+    snapshot: Snapshot,
+    gpus: Gpus,
+    book: Book,
+    rules: Rules,
+    kept: Mapping[str, str],
+    pace: Pace,
+    utcnow: datetime | None,
+) -> Verdict:
+    """Branches 2 to 4: the memory of at least one GPU is known."""
     open_rooms = [room for room in rooms if room.gpu.uuid not in kept]
     best = min(open_rooms or rooms, key=lambda room: (room.shortfall_bytes, -room.available_bytes))
     # 2. More than there is at all.
@@ -93,7 +109,7 @@ def judge(
         words = f"{gib(best.required_bytes)} on {_name(best.gpu)}, {gib(best.available_bytes)} available"
         return _answer(best, admitted=True, reason=words)
     # 4. Why not.
-    wait = eta_seconds(best.need_bytes, best.gpu, snapshot, book, rules, pace or Pace(), utcnow)
+    wait = eta_seconds(best.need_bytes, best.gpu, snapshot, book, rules, pace, utcnow)
     reason = _insufficient(request, best, snapshot, gpus, book, rules, kept.get(best.gpu.uuid), wait)
     verdict = _refused(request, best, rules, reason, alternatives=_alternatives(request, open_rooms, rules))
     return replace(verdict, retry_after_seconds=wait)

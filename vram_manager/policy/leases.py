@@ -61,8 +61,14 @@ class Sight:
         return max(0, self.unaccounted_bytes - self.torch_bytes)
 
 
-def outstanding(book: Book) -> dict[str | None, int]:
-    """What is promised and not yet visible, by GPU."""
+def outstanding(book: Book, snapshot: Snapshot | None = None) -> dict[str | None, int]:
+    """What is promised and not yet visible, by GPU.
+
+    While only ComfyUI tells of the memory, under a name of its own, all promises count on it, and in full: whose it
+    is cannot be told then.
+    """
+    if snapshot is not None and _second_hand(snapshot):
+        return {None: sum(lease.bytes for lease in book.leases.values())} if book.leases else {}
     sums: dict[str | None, int] = {}
     for lease in book.leases.values():
         if lease.outstanding_bytes:
@@ -113,18 +119,27 @@ def overdue(book: Book, now: float) -> tuple[Lease, ...]:
 def account(book: Book, snapshot: Snapshot, families: Families, rules: Rules) -> Book:
     """The book with what is visible of each lease according to `snapshot`. A GPU not read changes nothing."""
     gpus = gpus_seen(snapshot)
-    if isinstance(gpus, Missing) or not book.leases:
+    if isinstance(gpus, Missing) or gpus.second_hand or not book.leases:
         return book
     leases = dict(book.leases)
-    if len(gpus.gpus) == 1:
-        # Promised while no GPU could be told: it can only have been this one.
-        only = gpus.gpus[0].uuid
-        leases |= {key: replace(lease, gpu=only) for key, lease in leases.items() if lease.gpu is None}
+    if len(gpus.gpus) == 1 and isinstance(gpus.gpus[0].memory, GpuMemory):
+        # Promised while no GPU could be told: it can only have been this one, and a share is a share of it.
+        only, usable = gpus.gpus[0].uuid, gpus.gpus[0].memory.usable_bytes
+        leases |= {
+            key: replace(lease, gpu=only, bytes=lease.bytes or lease.estimate.size.on(usable))
+            for key, lease in leases.items()
+            if lease.gpu is None
+        }
     for gpu in gpus.gpus:
         here = sorted((lease for lease in leases.values() if lease.gpu == gpu.uuid), key=lambda one: one.granted_at)
         if here and isinstance(gpu.memory, GpuMemory):
             leases |= {lease.id: lease for lease in _on(gpu, gpus, here, snapshot, families, rules)}
     return replace(book, leases=leases)
+
+
+def _second_hand(snapshot: Snapshot) -> bool:
+    gpus = gpus_seen(snapshot)
+    return isinstance(gpus, Gpus) and gpus.second_hand
 
 
 def sight(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, processes_bytes: int, rules: Rules) -> Sight:
