@@ -806,6 +806,13 @@ def test_a_daemon_that_is_not_ready_or_hangs_up_is_told_as_away(daemon: FakeDaem
         assert not lease.lost
 
 
+def test_a_line_that_is_full_is_a_refusal_and_lets_no_flood_through(daemon: FakeDaemon, client: VramClient):
+    busy = {"error": {"type": "busy", "message": "16 requests of f are in line already"}}
+    daemon.on["POST /v1/admissions"] = lambda _: (503, busy)
+    with pytest.raises(InsufficientVram, match="16 requests of f are in line already"):
+        client.lease(1).acquire()
+
+
 def test_an_admission_without_a_lease_is_asked_for_once(nobody: Path):
     lease = VramClient().lease(1)
     with pytest.warns(ManagerAwayWarning):

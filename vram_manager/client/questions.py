@@ -106,8 +106,13 @@ class Asking:
     # What follows from a reply.
 
     def value(self, question: Question[T], reply: Reply) -> T:
-        """Raises Unreachable for what no vram-manager says, InvalidRequest for what it will not have."""
+        """Raises Unreachable for what no vram-manager says, InvalidRequest for what it will not have.
+
+        A line that is full is no daemon that is away: InsufficientVram, or a flood would be let through by it.
+        """
         status = reply.status
+        if status == 503 and reply.kind == "busy":
+            raise InsufficientVram(_said(reply))
         # A route that it does not know is an older daemon's; a GPU that it does not know is the caller's mistake.
         if status >= 500 or (status in (404, 405) and reply.field is None):
             raise Unreachable(f"{self.path}: {question.method} {question.path}: {_said(reply)}")

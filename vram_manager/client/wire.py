@@ -48,6 +48,11 @@ class Reply:
         return self._told("message")
 
     @property
+    def kind(self) -> str | None:
+        """What kind of error it is, if it said so."""
+        return self._told("type")
+
+    @property
     def field(self) -> str | None:
         """The field of the request that an error is about, if it named one."""
         return self._told("field")
