@@ -1408,3 +1408,17 @@ def test_the_three_functions_agree_with_the_daemon(real: InThread, monkeypatch: 
     assert get_vram_stats()["total_mb"] == 24 * 1024
     assert check_vram_sufficient(8192) is True
     assert check_vram_sufficient(80_000) is False
+
+
+def test_a_daemon_that_stops_is_asked_again_until_the_next_one_is_there(daemon: FakeDaemon, client: VramClient):
+    def stops(_: Asked) -> Any:
+        if len(daemon.of("POST /v1/admissions")) == 2:
+            daemon.on.clear()
+        return 503, {"error": {"type": "stopping", "message": "ask again"}}
+
+    daemon.on["POST /v1/admissions"] = stops
+    with client.lease(1) as lease:
+        assert lease.id is not None
+    asked = daemon.of("POST /v1/admissions")
+    assert len(asked) == 3
+    assert len({one.body["request_id"] for one in asked}) == 1

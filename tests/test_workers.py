@@ -23,7 +23,7 @@ from vram_manager.policy import Rules
 from vram_manager.workers import MAX_WORKERS, NoSuchGpu, Workers
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
-# The card of a pipeline with fixed budgets: 12 GiB, a warning above 11.0 and a stop above 11.5; small numbers for leaks.
+# The card of a pipeline with fixed budgets: 12 GiB, a warning above 11.0, a stop above 11.5; few generations a leak.
 RULES = Rules(
     soft_limit=Size(bytes=11 * GIB), hard_limit=Size(bytes=gib(11.5)), soft_limit_seconds=0.0, leak_generations=10
 )

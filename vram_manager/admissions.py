@@ -52,6 +52,10 @@ class TooMany(Exception):
     """The line, or the owner's share of it, is full."""
 
 
+class Stopping(Exception):
+    """The daemon ends, and whoever is in line may ask the next one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What became of a request: the verdict, the lease if there is one, and how long it waited in line."""
@@ -333,6 +337,9 @@ class Admissions:
         self._closing = True
         for lease_id in list(self._ends):
             self._over(lease_id)
+        for turn in self._turn.values():
+            if not turn.done():
+                turn.set_exception(Stopping("the daemon stops: ask again, with the same request_id"))
 
     def close(self) -> None:
         """Writes the rest. Blocks."""

@@ -432,3 +432,31 @@ async def test_over_tcp_without_a_token_nobody_is_promised_anything(serve: Serve
             assert (await tcp.get("/v1/leases")).status_code == 200
             assert (await tcp.get("/v1/leases/lease-x/hold")).status_code == 403
         assert await leases(served) == []
+
+
+async def test_a_hold_ends_with_its_connection_whatever_else_was_asked_on_it(served: Served):
+    lease_id = (await ask(served, ttl_seconds=600))["lease"]["id"]
+    reader, writer = await served.connect(f"GET /v1/leases/{lease_id}/hold HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    await asyncio.wait_for(reader.readuntil(b'"held": true'), 20)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    await writer.drain()
+    writer.close()
+    await ended(served, lease_id)
+
+
+async def test_a_look_at_the_head_of_a_hold_holds_and_ends_nothing(served: Served):
+    lease_id = (await ask(served))["lease"]["id"]
+    assert (await served.http.head(f"/v1/leases/{lease_id}/hold")).status_code == 405
+    assert [lease["held"] for lease in await leases(served)] == [False]
+
+
+async def test_who_waits_while_the_daemon_stops_is_told_to_ask_the_next(served: Served):
+    served.comfyui.push(1)
+    waiting = asyncio.create_task(
+        served.http.post("/v1/admissions", json={"required": "20GiB", "owner": "w", "wait_seconds": 600})
+    )
+    await served.got("/v1/leases", lambda body: body["line"])
+    served.daemon.admissions.hang_up()
+    reply = await waiting
+    assert (reply.status_code, error_of(reply)["type"]) == (503, "stopping")
+    assert served.daemon.admissions.book.leases == {}

@@ -311,3 +311,17 @@ async def test_many_clients_at_once_are_all_answered(served: Served):
         *(served.raw(HEALTH.replace(b"Host", b"Connection: close\r\nHost")) for _ in range(200))
     )
     assert all(reply.startswith(b"HTTP/1.1 200") for reply in replies)
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_never_finishes_its_body_is_hung_up_on(served: Served):
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    reader, writer = await served.connect(b"POST /v1/free HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+    await served.http.get("/ready")
+    loop.time = lambda: time() + server.BODY_SECONDS + 1  # type: ignore[method-assign]
+    with contextlib.suppress(ConnectionError):
+        assert b"200 OK" not in await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()

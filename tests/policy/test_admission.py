@@ -27,7 +27,8 @@ from vram_manager.domain.lease import Priority, Source, Ticket
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import Pace, demands, eta_seconds, in_order, kept_before, lease_of, whose_turn
+from vram_manager.policy.admission import Pace, demands, eta_seconds, in_order, judge, kept_before, lease_of, whose_turn
+from vram_manager.policy.leases import outstanding
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 
@@ -548,3 +549,8 @@ def test_a_card_that_only_comfyui_tells_of_goes_by_no_name() -> None:
     told = snapshot(0, Missing("NVML is gone"), comfyui=comfyui(free_gib=14))
     answer = verdict(request(8), told)
     assert (answer.admitted, answer.gpu, as_gib(answer.available_bytes)) == (True, None, 14.0)
+    assert verdict(request(8, gpu="GPU-a"), told).admitted
+    held = book(lease(10, owner="tts"))
+    refused = judge(request(8, gpu="GPU-a"), replace(told, leased_bytes=outstanding(held, told)), held, RULES)
+    assert not refused.admitted
+    assert "tts has a lease of 10.0 GiB" in refused.reason

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from vram_manager.admissions import Admissions, Answer, NoSuchLease, TooMany, Waiting
+from vram_manager.admissions import Admissions, Answer, NoSuchLease, Stopping, TooMany, Waiting
 from vram_manager.api import fields
 from vram_manager.api.fields import BadRequest, JSONResponse
 from vram_manager.clock import Clock
@@ -88,6 +88,8 @@ class AdmissionRoutes:
             raise BadRequest(404, "not_found", str(error.args[0]), "gpu") from error
         except TooMany as error:
             raise BadRequest(503, "busy", str(error)) from error
+        except Stopping as error:
+            raise BadRequest(503, "stopping", str(error)) from error
         if answer.lease is not None and await http.is_disconnected():
             # Nobody hears that it was granted.
             self._admissions.release(answer.lease.id, "the client went away before the answer")
@@ -204,6 +206,9 @@ class AdmissionRoutes:
         return Response(status_code=204)
 
     async def hold(self, http: HttpRequest) -> Response:
+        if http.method == "HEAD":
+            # Starlette answers it wherever it answers GET; a hold that ends at once would end the lease.
+            raise BadRequest(405, "method_not_allowed", "HEAD holds nothing: use GET")
         with _known():
             self._admissions.lease(http.path_params["id"])
         return StreamingResponse(self._hold(http.path_params["id"]), media_type="application/x-ndjson")

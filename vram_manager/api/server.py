@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from loguru import logger
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vram_manager.errors import AlreadyRunning, SettingsError
 
@@ -28,6 +28,8 @@ BACKLOG = 256
 HEAD_BYTES = 1 << 19
 # Every open connection is a file descriptor that a sensor cannot have.
 HEAD_SECONDS = 30.0
+# For the whole body: the largest is a workflow of 2 MiB.
+BODY_SECONDS = 30.0
 # Half of what a process may usually open.
 CONNECTIONS = 512
 
@@ -82,6 +84,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._joined = _Joined(transport)
+        self._older: list[RequestResponseCycle] = []
         super().connection_made(self._joined)  # type: ignore[arg-type]
         self.client = _peer(transport) or self.client
         if len(self.connections) > CONNECTIONS:
@@ -91,6 +94,10 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
+        # uvicorn tells only the newest request. Behind one that stays open, such as a hold, there may be others.
+        for cycle in self._older:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -105,13 +112,19 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_time()
         self._in_head, self._head_bytes = False, 0
+        # Until the body is there: a client that stopped in the middle would keep its descriptor for ever.
+        self._late = self.loop.call_later(BODY_SECONDS, self.transport.close)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._older.append(self.cycle)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         self._joined.flush()
+        self._older = [cycle for cycle in self._older if not cycle.response_complete]
         super().on_response_complete()
 
     def on_message_complete(self) -> None:
+        self._in_time()
         self._in_head = True
         super().on_message_complete()
 

@@ -311,7 +311,7 @@ class AsyncLease(LeaseState):
         connection = AsyncConnection(self._line.path)
         asked = attempt.request()
         try:
-            return await connection.ask(asked, attempt.timeout_seconds)
+            return attempt.heard(await connection.ask(asked, attempt.timeout_seconds))
         except BaseException as error:
             await self._line.give_back(granted_late(await connection.withdraw()))
             if attempt.again_after(error):

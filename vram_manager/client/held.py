@@ -49,6 +49,12 @@ class Attempt:
         """How long to wait for the answer."""
         return max(RETRY_SECONDS, self._deadline - time.monotonic())
 
+    def heard(self, reply: Reply) -> Reply:
+        """The answer, unless it is that of a daemon that stops: the next one will have another. Raises HungUp."""
+        if reply.status == 503 and reply.kind == "stopping":
+            raise HungUp(begun=False)
+        return reply
+
     def again_after(self, error: BaseException) -> bool:
         """Is it worth asking again? A daemon that hung up may be back in a moment."""
         now = time.monotonic()

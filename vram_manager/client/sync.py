@@ -299,7 +299,7 @@ class Lease(LeaseState):
         connection = Connection(self._line.path)
         asked = attempt.request()
         try:
-            return connection.ask(asked, attempt.timeout_seconds)
+            return attempt.heard(connection.ask(asked, attempt.timeout_seconds))
         except BaseException as error:
             self._line.give_back(granted_late(connection.withdraw()))
             if attempt.again_after(error):

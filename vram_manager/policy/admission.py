@@ -116,9 +116,12 @@ def _judged(
 
 
 def unknown_gpu(request: Request, snapshot: Snapshot) -> str | None:
-    """What is wrong with the GPU the request names: it is none of those seen, or no longer."""
+    """What is wrong with the GPU the request names: it is none of those seen, or no longer.
+
+    While only ComfyUI tells of a card no name is wrong: it may be that one.
+    """
     gpus = gpus_seen(snapshot)
-    if request.gpu is None or isinstance(gpus, Missing) or named(gpus, request.gpu) is not None:
+    if request.gpu is None or isinstance(gpus, Missing) or gpus.second_hand or named(gpus, request.gpu) is not None:
         return None
     known = ", ".join(f"{one.index} ({one.uuid})" for one in gpus.gpus)
     return f"gpu is {request.gpu}: must be the index or UUID of one of {known}"
@@ -141,7 +144,7 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> li
     candidates = list(gpus.gpus)
     comfyui = snapshot.comfyui.value if isinstance(snapshot.comfyui, Seen) else None
     theirs = comfyui_gpu(comfyui, gpus, rules) if comfyui is not None else Missing("ComfyUI cannot be read")
-    if request.gpu is not None:
+    if request.gpu is not None and not gpus.second_hand:
         gpu = named(gpus, request.gpu)
         if gpu is None:
             return Missing(f"GPU {request.gpu} is not there")
@@ -282,7 +285,7 @@ def _holder(room: _Room, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Rule
     holders += [
         (lease.bytes, f"{lease.owner} has a lease of {gib(lease.bytes)}")
         for lease in book.leases.values()
-        if lease.gpu in (gpu.uuid, None)
+        if lease.gpu in (gpu.uuid, None) or gpus.second_hand
     ]
     others = room.memory.taken_bytes - sum(size for size, _ in holders)
     holders.append((others, f"others hold {gib(max(0, others))}"))
