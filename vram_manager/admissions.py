@@ -19,7 +19,7 @@ from loguru import logger
 
 from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
-from vram_manager.domain.lease import Book, Lease, Request, Ticket, Verdict
+from vram_manager.domain.lease import Book, Lease, Request, Source, Ticket, Verdict
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import Snapshot
@@ -50,6 +50,10 @@ class NoSuchLease(LookupError):
 
 class TooMany(Exception):
     """The line, or the owner's share of it, is full."""
+
+
+class OtherRequest(Exception):
+    """The request's id is already that of another one."""
 
 
 class Stopping(Exception):
@@ -111,7 +115,8 @@ class Admissions:
     async def ask(self, request: Request, gone: Callable[[], Awaitable[None]]) -> Answer:
         """The answer to `request`, after its time in line if it wants to wait. `gone` ends when the client left.
 
-        Raises LookupError for a GPU that is not there, TooMany when the line is full.
+        Raises LookupError for a GPU that is not there, TooMany when the line is full, OtherRequest for an id that
+        was given to another question, Stopping when the daemon ends meanwhile.
         """
         if (known := self._same(request)) is not None:
             return Answer(self._as_granted(known), known, 0.0)
@@ -133,9 +138,15 @@ class Admissions:
         return Answer(verdict, lease, waited)
 
     def _same(self, request: Request) -> Lease | None:
-        """The lease this very request was given before: its answer was lost on the way."""
+        """The lease this very request was given before: its answer was lost on the way. Raises OtherRequest."""
         leases = self.book.leases.values()
-        return next((one for one in leases if (one.owner, one.request_id) == (request.owner, request.id)), None)
+        known = next((one for one in leases if (one.owner, one.request_id) == (request.owner, request.id)), None)
+        said = Source.REQUEST
+        if known is not None and known.estimate.source is said and request.estimate.source is said:
+            before, now = known.estimate.size, request.estimate.size
+            if before != now:
+                raise OtherRequest(f"request_id {request.id} asked for {before} before and asks for {now} now")
+        return known
 
     def _as_granted(self, lease: Lease) -> Verdict:
         words = f"{gib(lease.bytes)} were granted to this request before"

@@ -137,6 +137,23 @@ async def test_the_same_question_again_is_given_the_same_lease(served: Served):
     assert (await ask(served, owner="other", request_id="q-1"))["lease"]["id"] != first["lease"]["id"]
 
 
+async def test_an_id_is_not_given_to_two_questions(served: Served):
+    await ask(served, "4GiB", request_id="q-1")
+    reply = await served.http.post(
+        "/v1/admissions", json={"required": "8GiB", "owner": "worker-1", "request_id": "q-1"}
+    )
+    assert (reply.status_code, error_of(reply)["field"]) == (409, "request_id")
+    assert "asked for 4.0 GiB before and asks for 8.0 GiB now" in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize("depth", [900, 960, 970, 985, 2000])
+async def test_a_value_nested_as_deeply_as_can_be_read_is_a_wrong_value(served: Served, depth: int):
+    body = '{"required": ' + "[" * depth + "]" * depth + "}"
+    reply = await served.http.post("/v1/admissions", content=body)
+    assert reply.status_code in (400, 422)
+    error_of(reply)
+
+
 async def test_a_lease_ends_when_it_is_given_back_and_only_once(served: Served):
     lease_id = (await ask(served))["lease"]["id"]
     assert (await served.http.delete(f"/v1/leases/{lease_id}")).status_code == 204

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from vram_manager.admissions import Admissions, Answer, NoSuchLease, Stopping, TooMany, Waiting
+from vram_manager.admissions import Admissions, Answer, NoSuchLease, OtherRequest, Stopping, TooMany, Waiting
 from vram_manager.api import fields
 from vram_manager.api.fields import BadRequest, JSONResponse
 from vram_manager.clock import Clock
@@ -25,8 +25,9 @@ from vram_manager.journal import rfc3339
 from vram_manager.policy import Rules
 from vram_manager.processes import Processes
 
-# A prompt in ComfyUI's API format has some 100 kB; parsing 10 MB would stop the daemon for a tenth of a second.
-MAX_WORKFLOW_BYTES = 2 << 20
+# A prompt in ComfyUI's API format has some 100 kB. Nobody else is answered while it is read: 20,000 loaders, which is
+# as much as fits, take 0.2 s.
+MAX_WORKFLOW_BYTES = 1 << 20
 # A day: whoever needs longer renews. Years would be a leak.
 MAX_TTL_SECONDS = 86_400.0
 MAX_WAIT_SECONDS = 3_600.0
@@ -88,6 +89,8 @@ class AdmissionRoutes:
             raise BadRequest(404, "not_found", str(error.args[0]), "gpu") from error
         except TooMany as error:
             raise BadRequest(503, "busy", str(error)) from error
+        except OtherRequest as error:
+            raise BadRequest(409, "conflict", str(error), "request_id") from error
         except Stopping as error:
             raise BadRequest(503, "stopping", str(error)) from error
         if answer.lease is not None and await http.is_disconnected():

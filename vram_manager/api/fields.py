@@ -79,7 +79,10 @@ async def json_body(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> dict
 
 def wrong(name: str, value: object, must: str) -> BadRequest:
     """The 422 for one field: `wrong("stage", "hard", "be soft or unload")`."""
-    said = json.dumps(value)
+    try:
+        said = json.dumps(value)
+    except RecursionError:
+        said = "nested too deeply to be repeated"
     said = said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
     return BadRequest(422, "invalid", f"{name[:_SHOWN]} is {said}: must {must}", name)
 

@@ -513,7 +513,8 @@ DOCUMENT: dict[str, Any] = {
             {
                 "200": _json("Admitted or refused, and why", _VERDICT),
                 "404": _json("No such GPU", _ERROR),
-                "503": _json("The line is full", _ERROR),
+                "409": _json("The request_id is that of another request", _ERROR),
+                "503": _json("The line is full, or the daemon stops", _ERROR),
             },
         ),
         "/v1/leases": _get(

@@ -28,7 +28,7 @@ BACKLOG = 256
 HEAD_BYTES = 1 << 19
 # Every open connection is a file descriptor that a sensor cannot have.
 HEAD_SECONDS = 30.0
-# For the whole body: the largest is a workflow of 2 MiB.
+# For the whole body: the largest is a workflow of 1 MiB.
 BODY_SECONDS = 30.0
 # Half of what a process may usually open.
 CONNECTIONS = 512
