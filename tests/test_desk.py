@@ -1,4 +1,4 @@
-"""The desk over fakes, step by step: who is passed over, what a leaver leaves, what a restart keeps, and what is told."""
+"""The desk over fakes, step by step: whom it passes over, what a leaver leaves, what a restart keeps, what is told."""
 
 from __future__ import annotations
 
