@@ -26,7 +26,7 @@ from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.size import MAX_BYTES, Size, gib
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.errors import SensorError, TimedOut
-from vram_manager.journal import RETRY_SECONDS, rfc3339
+from vram_manager.journal import rfc3339
 from vram_manager.policy import Rules
 from vram_manager.policy.estimate import (
     bounded,
@@ -40,7 +40,7 @@ from vram_manager.policy.estimate import (
     workflow_bytes,
 )
 from vram_manager.policy.workflow import LoaderFile, WorkflowFacts, workflow_facts, workflow_subject
-from vram_manager.store import Peak, Store
+from vram_manager.store import Peak, Store, write_behind
 
 T = TypeVar("T")
 
@@ -152,19 +152,14 @@ class Estimates:
 
     async def write_behind(self) -> None:
         """Writes what was learned to the store, in a worker thread, until cancelled."""
-        failing = False
-        while True:
-            await self._something_to_write.wait()
-            self._something_to_write.clear()
-            problem = await asyncio.to_thread(self.flush)
-            if problem and not failing:
-                logger.warning("Measured peaks cannot be written ({}): kept in memory until they can", problem)
-            if failing and not problem:
-                logger.info("Measured peaks are written again")
-            failing = problem is not None
-            if failing:
-                await asyncio.sleep(RETRY_SECONDS)
-                self._something_to_write.set()
+        await write_behind(
+            self._something_to_write,
+            self.flush,
+            lambda problem: logger.warning(
+                "Measured peaks cannot be written ({}): kept in memory until they can", problem
+            ),
+            lambda: logger.info("Measured peaks are written again"),
+        )
 
     def flush(self) -> str | None:
         """Writes what is not yet written; what went wrong, or None. Blocks."""

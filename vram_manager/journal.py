@@ -22,13 +22,12 @@ from vram_manager.domain.action import Stage
 from vram_manager.domain.decision import Decision
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.size import gib
-from vram_manager.store import Row, Store
+from vram_manager.store import Row, Store, write_behind
 
 RING_EVENTS = 1000
 RING_DECISIONS = 500
 # What waits for a full disk to have room again; beyond that the oldest are lost, and that is said.
 MAX_UNWRITTEN = 10_000
-RETRY_SECONDS = 5.0
 
 _PREFIX = {
     EventType.FREE_ASKED: "free",
@@ -188,20 +187,17 @@ class Journal:
 
     async def write_behind(self) -> None:
         """Writes what is recorded to the store, in a worker thread, until cancelled."""
-        failing = False
-        while True:
-            await self._something_to_write.wait()
-            self._something_to_write.clear()
-            problem = await asyncio.to_thread(self.flush)
-            if problem and not failing:
-                logger.warning("History cannot be written ({}): kept in memory until it can", problem)
-            if failing and not problem:
-                lost, self._unwritten_lost = self._unwritten_lost, 0
-                logger.info("History is written again" + (f", without {lost} of the oldest events" if lost else ""))
-            failing = problem is not None
-            if failing:
-                await asyncio.sleep(RETRY_SECONDS)
-                self._something_to_write.set()
+
+        def again() -> None:
+            lost, self._unwritten_lost = self._unwritten_lost, 0
+            logger.info("History is written again" + (f", without {lost} of the oldest events" if lost else ""))
+
+        await write_behind(
+            self._something_to_write,
+            self.flush,
+            lambda problem: logger.warning("History cannot be written ({}): kept in memory until it can", problem),
+            again,
+        )
 
     def flush(self) -> str | None:
         """Writes what is not yet written; what went wrong, or None. Blocks."""

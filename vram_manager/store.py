@@ -6,17 +6,19 @@ another name, one that cannot be written gives way to memory; `problem` says so 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vram_manager.errors import AlreadyRunning
 
 FILE_NAME = "history.sqlite3"
+RETRY_SECONDS = 5.0
 # About 300 bytes a row: some 30 MB at most. Older rows are dropped.
 MAX_EVENTS = 100_000
 # About 100 bytes a row. All are read at the start, in some 20 ms.
@@ -49,6 +51,32 @@ class Peak:
     subject: str
     at: str
     peak_bytes: int
+
+
+async def write_behind(
+    due: asyncio.Event,
+    flush: Callable[[], str | None],
+    failing: Callable[[str], object],
+    again: Callable[[], object],
+) -> None:
+    """Calls `flush` in a worker thread whenever `due` is set, until cancelled.
+
+    While it says what went wrong it is tried again every RETRY_SECONDS; `failing` is told once, and `again` once it
+    works again.
+    """
+    failed = False
+    while True:
+        await due.wait()
+        due.clear()
+        problem = await asyncio.to_thread(flush)
+        if problem and not failed:
+            failing(problem)
+        if failed and not problem:
+            again()
+        failed = problem is not None
+        if failed:
+            await asyncio.sleep(RETRY_SECONDS)
+            due.set()
 
 
 @contextlib.contextmanager
