@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -133,11 +133,38 @@ class FakeOllama(Faked):
         self.looks: list[float] = []
         self.unloads: list[str] = []
         self.unload_error: Exception | None = None
+        self.loads: list[tuple[str, int | None, float | None]] = []
+        self.load_error: Exception | None = None
+        self.gib: dict[str, float] = {}
         self.stored: dict[str, StoredModel] = {}
         self.facts: dict[str, ModelFacts] = {}
         self.questions: list[str] = []
 
-    def load(self, name: str, gib: float, *, on_gpu: float = 1.0) -> None:
+    def load(
+        self,
+        model: str,
+        gib: float | None = None,
+        *,
+        on_gpu: float = 1.0,
+        context: int | None = None,
+        keep_alive_seconds: float | None = None,
+    ) -> Awaitable[None] | None:
+        """With `gib` a test says that the model is loaded; without, it is asked to load it, as in the protocol."""
+        if gib is None:
+            return self._load(model, context, keep_alive_seconds)
+        self.hold(model, gib, on_gpu=on_gpu)
+        return None
+
+    async def _load(self, model: str, context: int | None, keep_alive_seconds: float | None) -> None:
+        """It then takes `gib[model]`, or 1 GiB, all of it on the card."""
+        self.loads.append((model, context, keep_alive_seconds))
+        await self.answer()
+        if self.load_error is not None:
+            raise self.load_error
+        if model not in self.listed:
+            self.hold(model, self.gib.get(model, 1))
+
+    def hold(self, name: str, gib: float, *, on_gpu: float = 1.0) -> None:
         """`name` is loaded, the given share of it on the card."""
         size = int(gib * GIB)
         vram = int(size * on_gpu)
@@ -211,6 +238,7 @@ class FakeComfyUI(Faked):
         self.lost_flags = 0
         self.keeps_bytes = 0
         self.folders: dict[str, dict[str, int]] = {}
+        self.workflows: list[object] = []
         self.questions: list[str] = []
         self._pushed: asyncio.Queue[int | SensorError] = asyncio.Queue()
 
@@ -245,6 +273,13 @@ class FakeComfyUI(Faked):
         if self.queue_error is not None:
             raise self.queue_error
         return remaining
+
+    async def prompts(self) -> tuple[object, ...]:
+        self.questions.append("prompts")
+        await self.answer()
+        if self.queue_error is not None:
+            raise self.queue_error
+        return tuple(self.workflows[:20])
 
     async def statuses(self) -> AsyncGenerator[int, None]:
         self.sockets.append(now())

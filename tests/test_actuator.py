@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
+from math import inf
 
 import pytest
 
 from tests.fakes import GIB, Card, FakeComfyUI, FakeGpus, FakeOllama
 from vram_manager.actuator import Actuator
 from vram_manager.clock import Clock
-from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
+from vram_manager.domain.action import Action, FreeComfyUI, LoadModel, Stage, UnloadModel
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.reading import Missing, Off, Seen
 from vram_manager.domain.snapshot import Snapshot
@@ -21,6 +23,7 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.looptime]
 SOFT = FreeComfyUI(stage=Stage.SOFT)
 UNLOAD = FreeComfyUI(stage=Stage.UNLOAD)
 MODEL = "llama3.1:8b"
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 BLIND = Snapshot(taken_at=0.0, gpus=Missing("not read yet"), ollama=Off(), comfyui=Off(), queue=Off())
 
 
@@ -34,7 +37,7 @@ class Door:
         self.comfyui = FakeComfyUI(self.card)
         self.comfyui.hold(10)
         self.actuator = Actuator(
-            Clock(asyncio.get_running_loop().time, None),  # type: ignore[arg-type]
+            Clock(asyncio.get_running_loop().time, lambda: NOON),
             gpus=None if without == "nvml" else self.gpus,
             ollama=None if without == "ollama" else self.ollama,
             comfyui=None if without == "comfyui" else self.comfyui,
@@ -207,8 +210,55 @@ async def test_a_model_that_has_left_is_not_asked_to_leave():
     assert door.ollama.unloads == []
 
 
+def load(*, context: int | None = None, left: timedelta | None = None) -> LoadModel:
+    return LoadModel(model=MODEL, context=context, expires_at=None if left is None else NOON + left)
+
+
+@pytest.mark.parametrize(
+    ("action", "context", "seconds"),
+    [
+        pytest.param(load(), None, None, id="as the server does by itself"),
+        pytest.param(load(context=8192, left=timedelta(minutes=5)), 8192, 300, id="with its context, for what is left"),
+        pytest.param(load(left=timedelta(days=300 * 365)), None, inf, id="for ever"),
+        pytest.param(load(left=timedelta(days=19 * 365)), None, 19 * 365 * 86400, id="for very long"),
+    ],
+)
+async def test_a_model_is_loaded_as_it_was(action: LoadModel, context: int | None, seconds: float | None):
+    door = Door()
+    assert isinstance(await door.ask(action), Asked)
+    assert door.ollama.loads == [(MODEL, context, seconds)]
+
+
+async def test_a_model_whose_time_is_over_is_not_loaded_again():
+    door = Door()
+    outcome = await door.ask(load(left=timedelta(0)))
+    assert isinstance(outcome, Refused)
+    assert (outcome.why, outcome.tried) == (f"the time {MODEL} was to be kept is over", False)
+    assert door.ollama.loads == []
+
+
+async def test_a_load_counts_from_when_it_was_over():
+    door = Door()
+    door.ollama.takes_seconds = 20
+    outcome = await door.ask(load())
+    assert isinstance(outcome, Asked)
+    assert outcome.at == pytest.approx(20, abs=0.1)
+
+
+async def test_a_load_that_failed_or_has_no_answer_is_a_refusal():
+    door = Door()
+    door.ollama.load_error = Rejected("POST /api/generate: HTTP 404: model not found")
+    outcome = await door.ask(load())
+    assert isinstance(outcome, Refused)
+    assert (outcome.why, outcome.tried) == ("POST /api/generate: HTTP 404: model not found", True)
+    door.ollama.load_error = TimedOut("POST /api/generate: no answer within 330 s")
+    hung = await door.ask(load())
+    assert isinstance(hung, Refused)
+    assert "no answer within 330 s; does Ollama hang?" in hung.why
+
+
 async def test_a_backend_that_is_not_configured_is_a_refusal_and_no_crash():
-    for without, action in (("comfyui", SOFT), ("ollama", UnloadModel(model=MODEL))):
+    for without, action in (("comfyui", SOFT), ("ollama", UnloadModel(model=MODEL)), ("ollama", load())):
         outcome = await Door(without=without).ask(action)
         assert isinstance(outcome, Refused)
         assert outcome.why == f"there is no {action.target} here"

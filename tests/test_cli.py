@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from vram_manager.cli import cli, main
 from vram_manager.client import VramClient, call
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.lease import Lease, Priority
+from vram_manager.domain.model_facts import StoredModel
 from vram_manager.domain.reading import Missing
 from vram_manager.errors import Rejected, SensorError
 
@@ -736,3 +739,50 @@ def test_a_report_shows_the_leases(vram, daemon: InThread):
     shown = lines[lines.index("Leases") + 1]
     assert shown.startswith(f"   {lease_id}  tts: 2.0 GiB (request), 0.0 GiB taken; until ")
     assert vram("report", "--json").json["leases"][0]["id"] == lease_id
+
+
+# The gateways.
+
+
+@pytest.fixture
+def gateway(environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a gateway in front of an Ollama that takes every request and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = int(unused.getsockname()[1])
+        monkeypatch.setenv("OLLAMA_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("GATEWAY_OLLAMA_PORT", str(port))
+        yield port
+
+
+@contextlib.contextmanager
+def asked(port: int) -> Iterator[None]:
+    """Somebody asks the gateway for a chat and waits for its answer."""
+    body = json.dumps({"model": MODEL, "prompt": "Why?"})
+    head = f"POST /api/generate HTTP/1.1\r\nHost: box\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall((head + body).encode())
+        yield
+
+
+def test_a_report_shows_the_requests_under_way(vram, gateway: int):
+    with InThread() as daemon:
+        daemon.ollama.hold(MODEL, 5)
+        daemon.until(lambda: daemon.daemon.cycle.snapshot.ollama.value.models)
+        assert "under way" not in vram("report").out
+        with asked(gateway):
+            daemon.until(lambda: daemon.daemon.cycle.snapshot.ollama.value.models[0].requests)
+            assert "100 % GPU, context 4096, 1 request(s) under way" in vram("report").out
+
+
+def test_a_report_shows_the_calls_that_are_held_and_why(vram, gateway: int):
+    with InThread() as daemon:
+        daemon.ollama.stored[MODEL] = StoredModel(digest="a" * 64, file_bytes=5 * 2**30)
+        daemon.comfyui.hold(23)
+        busy(daemon)
+        assert "Held at the gateways" not in vram("report").out
+        with asked(gateway):
+            daemon.until(daemon.daemon.gateways.waiting)
+            lines = vram("report").out.splitlines()
+            held = lines[lines.index("Held at the gateways") + 1]
+            assert re.fullmatch(rf"  Ollama: {MODEL}, for \d+ s: {MODEL} waits for room", held)

@@ -49,6 +49,15 @@ def test_defaults_are_those_that_the_interface_names(settings):
     )
     assert str(made.service.vram_state_dir) == "/var/lib/vram-manager"
     assert (made.service.vram_log_format, made.service.vram_debug) == ("text", False)
+    gateway = made.gateway
+    assert (gateway.gateway_ollama_port, gateway.gateway_comfyui_port, gateway.gateway_host) == (
+        None,
+        None,
+        "127.0.0.1",
+    )
+    assert (gateway.gateway_max_wait, gateway.gateway_on_timeout) == (60, "forward")
+    assert (rules.evict, rules.warm_back, rules.pinned, rules.repair) == (True, False, frozenset(), True)
+    assert (rules.ollama_parallel, rules.kv_value_bytes) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,30 @@ def test_a_profile_is_a_set_of_defaults(settings, profile, threshold, unload, gr
     assert (rules.threshold_percent, rules.unload_threshold_percent) == (threshold, unload)
     assert (rules.grace_seconds, rules.empty_room_grace_seconds) == (grace, empty_room)
     assert (rules.comfyui_idle_seconds, rules.waiting_idle_seconds) == (idle, waiting_idle)
+
+
+@pytest.mark.parametrize(("profile", "chat", "image"), [("balanced", 10, 10), ("chat", 3, 20), ("image", 20, 3)])
+def test_a_profile_says_whose_turn_it_is_sooner(settings, profile: str, chat: float, image: float):
+    rules = settings(VRAM_PROFILE=profile).rules()
+    assert (rules.chat_turn_seconds, rules.image_turn_seconds) == (chat, image)
+
+
+@pytest.mark.parametrize(
+    ("written", "pinned"),
+    [
+        ("llama3.1:8b", {"llama3.1:8b"}),
+        ("llama3.1, Qwen3:14b", {"llama3.1:latest", "qwen3:14b"}),
+        (" nomic-embed-text ,, ", {"nomic-embed-text:latest"}),
+        (",", set()),
+    ],
+)
+def test_pinned_models_are_a_comma_list_of_names_as_ollama_compares_them(settings, written: str, pinned: set[str]):
+    assert settings(OLLAMA_PINNED=written).rules().pinned == pinned
+
+
+@pytest.mark.parametrize(("kind", "size"), [("f16", 2), ("q8_0", 34 / 32), ("q4_0", 18 / 32)])
+def test_a_smaller_cache_type_makes_a_smaller_cache(settings, kind: str, size: float):
+    assert settings(OLLAMA_KV_CACHE_TYPE=kind).rules().kv_value_bytes == size
 
 
 def test_a_single_variable_overrides_its_profile_and_nothing_else(settings):
@@ -110,6 +143,17 @@ def test_a_percentage_may_be_written_with_or_without_its_sign(settings, value: s
         "COMFYUI_SOFT_FREE_BODY",
         "VRAM_CHECK_INTERVAL",
         "ENABLE_VRAM_MONITORING",
+        "OLLAMA_NUM_PARALLEL",
+        "OLLAMA_KV_CACHE_TYPE",
+        "GATEWAY_OLLAMA_PORT",
+        "GATEWAY_COMFYUI_PORT",
+        "GATEWAY_HOST",
+        "GATEWAY_MAX_WAIT",
+        "GATEWAY_ON_TIMEOUT",
+        "OLLAMA_EVICT",
+        "OLLAMA_WARM_BACK",
+        "OLLAMA_PINNED",
+        "VRAM_REPAIR_FALLBACK",
     ],
 )
 def test_an_empty_variable_is_an_unset_one(settings, name: str):
@@ -182,6 +226,18 @@ WRONG = [
     ("COMFYUI_SOFT_FREE_BODY", "{unload_models: true}", "JSON object"),
     ("OLLAMA_HEADERS", "Authorization: Bearer x", "JSON object"),
     ("OLLAMA_HEADERS", '["X"]', "JSON object"),
+    ("OLLAMA_NUM_PARALLEL", "0", "greater than or equal to 1"),
+    ("OLLAMA_KV_CACHE_TYPE", "f32", "'f16', 'q8_0' or 'q4_0'"),
+    ("GATEWAY_OLLAMA_PORT", "0", "greater than or equal to 1"),
+    ("GATEWAY_OLLAMA_PORT", "ollama", "integer"),
+    ("GATEWAY_COMFYUI_PORT", "65536", "less than or equal to 65535"),
+    ("GATEWAY_MAX_WAIT", "-1", "greater than or equal to 0"),
+    ("GATEWAY_MAX_WAIT", "3601", "less than or equal to 3600"),
+    ("GATEWAY_MAX_WAIT", "nan", ""),
+    ("GATEWAY_ON_TIMEOUT", "reject", "'forward' or 'refuse'"),
+    ("OLLAMA_EVICT", "perhaps", "boolean"),
+    ("OLLAMA_WARM_BACK", "perhaps", "boolean"),
+    ("VRAM_REPAIR_FALLBACK", "perhaps", "boolean"),
 ]
 
 
@@ -238,6 +294,24 @@ def test_the_words_at_the_start_say_what_holds(settings):
     assert "DRY RUN" in words
 
 
+def test_the_words_at_the_start_say_where_the_gateways_are_and_how_long_a_call_waits(settings):
+    words = settings(GATEWAY_OLLAMA_PORT="11435", GATEWAY_MAX_WAIT="5", GATEWAY_ON_TIMEOUT="refuse").in_words()
+    assert "Gateways: Ollama on 127.0.0.1:11435; a call waits for 5 s at most, then it is refused" in words
+    both = settings(GATEWAY_COMFYUI_PORT="8189", GATEWAY_HOST="0.0.0.0", GATEWAY_ON_TIMEOUT="forward").in_words()
+    assert any("Ollama on 0.0.0.0:11435 and ComfyUI on 0.0.0.0:8189" in line for line in both)
+
+
+def test_without_a_gateway_the_words_at_the_start_name_none(settings):
+    assert not any("Gateway" in line for line in settings().in_words())
+
+
+def test_the_words_at_the_start_say_who_gives_way(settings):
+    assert "Ollama's idle models give way to others; one that fell to the CPU is repaired" in settings().in_words()
+    words = settings(OLLAMA_PINNED="a,b", OLLAMA_WARM_BACK="1", VRAM_REPAIR_FALLBACK="0").in_words()
+    assert "Ollama's idle models give way to others; never a, b; none is repaired; the last one comes back" in words
+    assert any(line.startswith("Ollama's models stay") for line in settings(OLLAMA_EVICT="false").in_words())
+
+
 def test_monitoring_alone_is_said_at_the_start(settings):
     assert any("nothing is ever freed" in line for line in settings(ENABLE_VRAM_MONITORING="false").in_words())
 
@@ -250,6 +324,8 @@ def test_monitoring_alone_is_said_at_the_start(settings):
         ("OLLAMA_ULR", "OLLAMA_ULR is not a setting; did you mean OLLAMA_URL?"),
         ("COMFYUI_IDLE_SECOND", "COMFYUI_IDLE_SECOND is not a setting; did you mean COMFYUI_IDLE_SECONDS?"),
         ("ENABLE_VRAM_MONITOR", "ENABLE_VRAM_MONITOR is not a setting; did you mean ENABLE_VRAM_MONITORING?"),
+        ("GATEWAY_OLAMA_PORT", "GATEWAY_OLAMA_PORT is not a setting; did you mean GATEWAY_OLLAMA_PORT?"),
+        ("OLLAMA_PINED", "OLLAMA_PINED is not a setting; did you mean OLLAMA_PINNED?"),
         ("VRAM_XYZZY_QWERTY", "VRAM_XYZZY_QWERTY is not a setting of this version and is ignored"),
     ],
 )
@@ -276,3 +352,34 @@ def test_a_lower_case_name_works_and_is_named_in_its_error(settings):
 def test_every_setting_says_what_it_means():
     assert [name for name, field in variables().items() if not field.description] == []
     assert config.PARTS
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://localhost:11435"),
+        ("0.0.0.0", "http://127.0.0.1:11435"),
+        ("::", "http://[::1]:11435"),
+        ("192.0.2.7", "http://192.0.2.7:11435"),
+    ],
+)
+def test_a_gateway_in_front_of_itself_is_a_wrong_setting(settings, host: str, url: str):
+    with pytest.raises(
+        SettingsError, match=r"^OLLAMA_URL=.* is the gateway's own address \(GATEWAY_OLLAMA_PORT=11435\)"
+    ):
+        settings(OLLAMA_URL=url, GATEWAY_OLLAMA_PORT="11435", GATEWAY_HOST=host)
+
+
+def test_a_gateway_may_have_its_servers_port_on_another_address(settings):
+    made = settings(OLLAMA_URL="http://localhost:11434", GATEWAY_OLLAMA_PORT="11434", GATEWAY_HOST="192.0.2.7")
+    assert made.gateway.gateway_ollama_port == 11434
+
+
+def test_a_gateway_in_front_of_the_other_one_is_a_wrong_setting(settings):
+    with pytest.raises(SettingsError, match=r"^COMFYUI_URL=.* \(GATEWAY_OLLAMA_PORT=11435\)"):
+        settings(COMFYUI_URL="http://localhost:11435", GATEWAY_OLLAMA_PORT="11435", GATEWAY_COMFYUI_PORT="8189")
+
+
+def test_two_gateways_on_one_port_are_a_wrong_setting(settings):
+    with pytest.raises(SettingsError, match=r"^GATEWAY_COMFYUI_PORT=8189: is GATEWAY_OLLAMA_PORT as well"):
+        settings(GATEWAY_OLLAMA_PORT="8189", GATEWAY_COMFYUI_PORT="8189")

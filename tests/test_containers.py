@@ -84,6 +84,8 @@ class TestCompose:
         assert ours.comfyui == plain.comfyui.model_copy(update={"comfyui_url": "http://host.docker.internal:8188"})
         assert ours.policy == plain.policy
         assert ours.gpu == plain.gpu
+        assert ours.admission == plain.admission
+        assert ours.gateway == plain.gateway.model_copy(update={"gateway_host": "0.0.0.0"})
         assert ours.service == plain.service.model_copy(update={"vram_http_host": "0.0.0.0"})
 
     def test_the_second_name_of_dry_run_works_beside_an_empty_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +121,37 @@ class TestCompose:
         }
         assert parsed(COMPOSE)["volumes"]["socket"] == {"name": "vram-manager-socket"}
 
+    def test_the_ports_to_uncomment_are_those_that_the_gateways_are_to_listen_on(self) -> None:
+        text = re.sub(r"^    # (?=ports:)", "    ", COMPOSE.read_text(), flags=re.MULTILINE)
+        published = re.findall(r"^    #   (- 127\.0\.0\.1:(\d+):(\d+) # .*: (\w+)=(\d+))$", text, flags=re.MULTILINE)
+
+        assert [(name, port) for _, _, _, name, port in published] == [
+            ("GATEWAY_OLLAMA_PORT", "11435"),
+            ("GATEWAY_COMFYUI_PORT", "8189"),
+        ]
+        assert all(outside == inside == port for _, outside, inside, _, port in published)
+        uncommented = yaml.safe_load(re.sub(r"^    #   (?=- 127)", "      ", text, flags=re.MULTILINE))
+        assert uncommented["services"]["vram-manager"]["ports"] == ["127.0.0.1:11435:11435", "127.0.0.1:8189:8189"]
+
+    def test_open_webui_of_the_stack_goes_through_the_gateway(self) -> None:
+        url = service(name="open-webui")["environment"]["OLLAMA_BASE_URL"]
+        head = COMPOSE.read_text().split("services:")[0]
+
+        assert url == "http://vram-manager:${GATEWAY_OLLAMA_PORT:-11435}"
+        assert re.search(r"GATEWAY_OLLAMA_PORT=11435 \\\n#     docker compose --profile stack up", head)
+
+    def test_what_we_are_told_of_ollamas_settings_the_ollama_of_the_stack_is_told_too(self) -> None:
+        told = {name for name in config.variables() if "Ollama's own variable" in config.variables()[name].description}
+
+        assert set(service(name="ollama")["environment"]) == told
+
+    def test_development_listens_on_the_ports_of_the_gateways_that_it_publishes(self) -> None:
+        ours = service(ROOT / "compose.dev.yaml")
+        inside = {published.rsplit(":", 1)[1] for published in ours["ports"]}
+
+        assert inside == {ours["environment"][name] for name in ("GATEWAY_OLLAMA_PORT", "GATEWAY_COMFYUI_PORT")}
+        assert ours["environment"]["GATEWAY_HOST"] == "0.0.0.0"
+
     def test_only_our_service_starts_unasked(self) -> None:
         services = parsed(COMPOSE)["services"]
 
@@ -144,11 +177,13 @@ class TestCompose:
         ids=" + ".join,
     )
     @pytest.mark.parametrize("profile", ["", "stack"])
-    def test_compose_accepts_it(self, files: list[str], profile: str) -> None:
+    @pytest.mark.parametrize("example", [False, True], ids=["bare", "with the example file"])
+    def test_compose_accepts_it(self, files: list[str], profile: str, example: bool) -> None:
         if (compose := shutil.which("docker-compose")) is None:
             pytest.skip("docker-compose is not installed")
         options = [option for file in files for option in ("-f", str(ROOT / file))]
         options += ["--profile", profile] if profile else []
+        options += ["--env-file", str(ROOT / ".env.example")] if example else []
 
         done = subprocess.run([compose, *options, "config"], capture_output=True, text=True, check=False)
 

@@ -201,7 +201,7 @@ async def test_a_lost_flag_is_posted_once_more_and_then_proven():
     spine.comfyui.lost_flags = 1
     async with spine.running():
         freed = await spine.event(FREED)
-    first, again = spine.entries(ASKED)
+    first, again = [entry for entry in spine.entries(ASKED) if entry.event.target == "comfyui"]
     assert len(spine.comfyui.posts) == 2
     assert spine.comfyui.posts[1][0] - spine.comfyui.posts[0][0] == pytest.approx(3, abs=0.3)
     assert "asked again, the first flag was lost" in again.event.reason
@@ -608,3 +608,55 @@ async def test_defaults_do_not_turn_faster_than_they_must_while_nothing_happens(
         before = len(spine.turns)
         await asyncio.sleep(150)
     assert len(spine.turns) - before <= 31
+
+
+# -- models that fell to the CPU are repaired
+
+
+async def test_a_model_that_fell_to_the_cpu_is_on_the_gpu_again_with_what_it_had():
+    spine = Spine()
+    a_model_fell_to_the_cpu(spine)
+    spine.ollama.gib[MODEL] = 8
+    until_then = spine.wall() + timedelta(minutes=10)
+    spine.ollama.listed[MODEL] = replace(spine.ollama.listed[MODEL], context_length=8192, expires_at=until_then)
+    async with spine.running():
+        done = await spine.event(EventType.REPAIRED)
+        await asyncio.sleep(300)
+    assert done.event.target == f"ollama:{MODEL}"
+    assert spine.ollama.unloads == [MODEL]
+    ((name, context, seconds),) = spine.ollama.loads
+    assert (name, context) == (MODEL, 8192)
+    assert seconds is not None
+    assert 500 < seconds <= 600
+    assert spine.told(EventType.REPAIR_FAILED) == []
+    assert spine.cycle.watch.mending is None
+
+
+async def test_a_model_that_cannot_be_loaded_again_is_told_once_and_left_to_its_next_request():
+    spine = Spine()
+    a_model_fell_to_the_cpu(spine)
+    spine.ollama.listed[MODEL] = replace(spine.ollama.listed[MODEL], expires_at=None)
+    spine.ollama.load_error = Rejected("POST /api/generate: HTTP 404: model not found")
+    async with spine.running():
+        failed = await spine.event(EventType.REPAIR_FAILED)
+        await asyncio.sleep(300)
+    assert "HTTP 404: model not found" in failed.event.reason
+    assert len(spine.told(EventType.REPAIR_FAILED)) == len(spine.ollama.loads) == 1
+
+
+async def test_turns_go_on_while_a_model_loads_for_long():
+    spine = Spine()
+    a_model_fell_to_the_cpu(spine)
+    spine.ollama.listed[MODEL] = replace(spine.ollama.listed[MODEL], expires_at=None)
+    spine.ollama.gib[MODEL] = 8
+    async with spine.running():
+        await until(lambda: spine.ollama.unloads)
+        await until(lambda: not spine.ollama.listed)
+        spine.ollama.takes_seconds = 8
+        await until(lambda: spine.ollama.loads)
+        before = len(spine.turns)
+        await asyncio.sleep(5)
+        assert len(spine.turns) - before >= 15
+        spine.ollama.takes_seconds = 0.01
+        await spine.event(EventType.REPAIRED)
+    assert len(spine.ollama.loads) == 1

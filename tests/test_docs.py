@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from vram_manager import config
 from vram_manager.api.openapi import DOCUMENT
 from vram_manager.cli import cli
+from vram_manager.domain.event import Event, EventType
+from vram_manager.gateway.waiting import WAITED_HEADER
+from vram_manager.journal import Entry, line
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +25,7 @@ EXAMPLE = (ROOT / ".env.example").read_text()
 
 def as_text(default: Any) -> str:
     """A default as a person writes it into an environment file."""
-    if default is None or default == {}:
+    if default is None or default in ({}, ()):
         return ""
     if isinstance(default, bool):
         return str(default).lower()
@@ -74,20 +79,102 @@ def test_every_verb_is_in_the_readme(verb: str) -> None:
     assert re.search(rf"`[^`]*\b{verb}\b", README)
 
 
-def test_every_metric_is_in_the_readme_and_no_other() -> None:
+def metrics_of_the_code() -> set[str]:
     source = (ROOT / "vram_manager" / "metrics.py").read_text()
     gauges = set(re.findall(r'_gauge\(\s*"([a-z_]+)"', source))
     gauges |= {f"gpu_memory_{name}_bytes" for name in ("total", "used", "free")}
-    counters = {f"{name}_total" for name in re.findall(r'_(?:counter|sum)\("([a-z_]+)"', source)}
+    counters = {f"{name}_total" for name in re.findall(r'_(?:counter|sum)\(\s*"([a-z_]+)"', source)}
     histograms = set(re.findall(r'_histogram\(\s*"([a-z_]+)"', source))
+    return gauges | counters | histograms
+
+
+def test_every_metric_is_in_the_readme_and_no_other() -> None:
     section = README.split("Metrics, with the prefix")[1].split("\n\n")[0]
 
-    assert set(re.findall(r"`([a-z_]+)`", section)) - {"vram_manager_"} == gauges | counters | histograms
+    assert set(re.findall(r"`([a-z_]+)`", section)) - {"vram_manager_"} == metrics_of_the_code()
+
+
+def test_the_metrics_of_the_gateways_and_of_repair_exist() -> None:
+    named = set(re.findall(r"`((?:gateway|repairs)_[a-z_]+)`", README))
+
+    assert named == {"repairs_total", "gateway_requests_total", "gateway_hold_seconds"}
+    assert named <= metrics_of_the_code()
 
 
 def test_the_numbered_tree_is_told_alike_in_the_readme_and_in_the_code() -> None:
     source = (ROOT / "vram_manager" / "policy" / "decide.py").read_text()
 
-    for number in range(1, 7):
-        assert re.search(rf"^{number}\. ", source, flags=re.MULTILINE)
-        assert re.search(rf"^{number}\. ", README, flags=re.MULTILINE)
+    told = README.split("The decision, in the order")[1].split("| stage |")[0]
+    numbers = re.findall(r"^(\d)\. ", source, flags=re.MULTILINE)
+
+    assert numbers == list("1234567")
+    assert re.findall(r"^(\d)\. ", told, flags=re.MULTILINE) == numbers
+
+
+LINES = {
+    EventType.FREED: "Freed Ollama model llama3.1:8b",
+    EventType.CPU_FALLBACK: "CPU fallback",
+    EventType.REPAIRED: "Repaired",
+    EventType.REPAIR_FAILED: "Not repaired",
+    EventType.WARMED_BACK: "Warmed back",
+}
+
+
+@pytest.mark.parametrize(("kind", "beginning"), LINES.items())
+def test_the_log_lines_of_repair_begin_as_the_readme_says(kind: EventType, beginning: str) -> None:
+    event = Event(type=kind, target="ollama:llama3.1:8b", reason="llama3.1:8b is 45 % on CPU")
+    _, words = line(Entry(id="model-0001", seq=1, at=datetime(2026, 7, 1, tzinfo=UTC), event=event))
+
+    assert words.startswith(f"{beginning}: ")
+    assert re.search(rf"^\| `{re.escape(beginning)}: ", README, flags=re.MULTILINE)
+
+
+GATEWAYS = README.split("## Zero fallback: the gateways")[1].split("\n## ")[0]
+
+
+def test_the_section_on_the_gateways_names_each_of_their_settings() -> None:
+    settings = {name for name in config.variables() if name.startswith("GATEWAY_")}
+
+    assert settings == set(re.findall(r"\bGATEWAY_[A-Z_]+\b", GATEWAYS))
+
+
+def test_the_section_on_the_gateways_names_the_header_as_it_is_sent() -> None:
+    assert f"`{WAITED_HEADER.decode()}`" in GATEWAYS
+
+
+def test_the_ports_of_the_readme_are_those_of_the_compose_file() -> None:
+    compose = (ROOT / "docker-compose.yaml").read_text()
+    ports = dict(re.findall(r"\b(GATEWAY_(?:OLLAMA|COMFYUI)_PORT)=(\d+)", GATEWAYS))
+
+    assert len(ports) == 2
+    assert all(f"127.0.0.1:{port}:{port}" in compose and f"{name}={port}" in compose for name, port in ports.items())
+    clients = GATEWAYS.split("| client |")[1].split("\n\n")[0]
+    assert set(re.findall(r":(\d{4,5})\b", clients)) == set(ports.values())
+
+
+PICTURES = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)
+
+
+def test_there_is_a_picture_of_the_gateways() -> None:
+    assert [path for _, path in PICTURES] == ["docs/gateways.svg"]
+
+
+@pytest.mark.parametrize(("words", "path"), PICTURES, ids=[path for _, path in PICTURES])
+def test_a_picture_is_well_formed_says_what_it_shows_and_needs_nothing_from_elsewhere(words: str, path: str) -> None:
+    text = (ROOT / path).read_text()
+    root = ET.fromstring(text)
+    name = "{http://www.w3.org/2000/svg}"
+
+    assert root.tag == f"{name}svg"
+    assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+    assert all((root.findtext(f"{name}{part}") or "").strip() for part in ("title", "desc"))
+    assert len(words) > 20
+    assert not re.search(r"<script|<foreignObject|href=|@import|url\((?!#)", text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_every_link_within_the_readme_leads_somewhere() -> None:
+    heads = re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors

@@ -115,7 +115,7 @@ async def test_of_what_is_known_the_best_source_counts():
     assert {entry.subject for entry in found[:4]} == {"model:46e0:4096"}
     assert [(entry.source, entry.size, entry.words) for entry in found] == [
         (Source.REQUEST, Size(percent=90.0), "as asked for"),
-        (Source.LEARNED, Size(bytes=4 * GIB), "p95 of 3 runs"),
+        (Source.LEARNED, Size(bytes=4 * GIB), "p95 of 3 runs with a context of 4096"),
         (Source.TABLE, Size(bytes=3 * GIB), "llama in VRAM_ESTIMATES"),
         (Source.FILES, Size(bytes=LLAMA_BYTES), "6.5 GiB from its files, with a context of 4096"),
         (Source.DEFAULT, Size(bytes=8 * GIB), "Ollama cannot be read: it is switched off"),

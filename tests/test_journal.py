@@ -528,6 +528,36 @@ LINES = {
         Event(type=EventType.CPU_FALLBACK, target="ollama", reason="llama3.1:8b is 38 % on CPU"),
         "WARNING CPU fallback: llama3.1:8b is 38 % on CPU [model-0001]",
     ),
+    "repaired": (
+        Event(
+            type=EventType.REPAIRED,
+            target="ollama:llama3.1:8b",
+            reason="llama3.1:8b was 45 % on CPU, now 100 % GPU (5.5 GiB)",
+            took_seconds=4.26,
+        ),
+        "INFO Repaired: llama3.1:8b was 45 % on CPU, now 100 % GPU (5.5 GiB), in 4.3 s [repair-0001]",
+    ),
+    "repair failed": (
+        Event(
+            type=EventType.REPAIR_FAILED,
+            target="ollama:llama3.1:8b",
+            reason="llama3.1:8b was 45 % on CPU; 2.0 GiB are missing",
+        ),
+        "WARNING Not repaired: llama3.1:8b was 45 % on CPU; 2.0 GiB are missing [repair-0001]",
+    ),
+    "warmed back": (
+        Event(
+            type=EventType.WARMED_BACK,
+            target="ollama:llama3.1:8b",
+            reason="llama3.1:8b made room for ComfyUI, now 100 % GPU (5.5 GiB)",
+            took_seconds=2.0,
+        ),
+        "INFO Warmed back: llama3.1:8b made room for ComfyUI, now 100 % GPU (5.5 GiB), in 2.0 s [repair-0001]",
+    ),
+    "stuck": (
+        Event(type=EventType.OLLAMA_STUCK, target="ollama:llama3.1:8b", reason="was asked to leave and stays"),
+        "WARNING Ollama model llama3.1:8b: was asked to leave and stays [event-0001]",
+    ),
     "pressure began": (
         Event(type=EventType.PRESSURE_BEGAN, target="GPU 0", reason="91 % used for 30 s, threshold 75 %"),
         "INFO Pressure on GPU 0: 91 % used for 30 s, threshold 75 % [pressure-0001]",

@@ -231,6 +231,35 @@ def test_cpu_fallbacks_and_turns_are_counted():
     assert told["cycle_duration_seconds_count"] == {(): 1}
 
 
+@pytest.mark.parametrize(("kind", "outcome"), [(EventType.REPAIRED, "repaired"), (EventType.REPAIR_FAILED, "failed")])
+def test_repairs_are_counted_by_how_they_ended(kind: EventType, outcome: str):
+    counted = metrics()
+    counted.count(entry(Event(type=kind, target="ollama:llama3.1:8b", took_seconds=4.0)))
+    counted.count(entry(Event(type=EventType.WARMED_BACK, target="ollama:llama3.1:8b", took_seconds=4.0)))
+    told = samples(counted)
+    assert told["repairs_total"] == {(("outcome", outcome),): 1}
+    assert "frees_total" not in told
+
+
+@pytest.mark.parametrize("outcome", ["held", "timeout", "refused"])
+def test_requests_at_a_gateway_are_counted_and_those_that_waited_are_measured(outcome: str):
+    counted = metrics()
+    counted.at_gateway("ollama", outcome, 3.5)
+    told = samples(counted)
+    assert told["gateway_requests_total"] == {(("outcome", outcome), ("upstream", "ollama")): 1}
+    assert told["gateway_hold_seconds_count"] == {(): 1}
+    assert told["gateway_hold_seconds_sum"] == {(): 3.5}
+
+
+@pytest.mark.parametrize("outcome", ["passed", "unread", "unreachable"])
+def test_a_request_that_did_not_wait_leaves_no_mark_among_the_waits(outcome: str):
+    counted = metrics()
+    counted.at_gateway("comfyui", outcome, 0.0)
+    told = samples(counted)
+    assert told["gateway_requests_total"] == {(("outcome", outcome), ("upstream", "comfyui")): 1}
+    assert told["gateway_hold_seconds_count"] == {(): 0}
+
+
 @pytest.mark.parametrize("kind", EventType)
 def test_every_type_of_event_can_be_counted(kind: EventType):
     counted = metrics()

@@ -9,7 +9,9 @@ snapshot).
     cycle                  one turn: look, decide, act, tell            <- read this first
     observer               one task per sensor, each with its deadline and cadence; gives a Snapshot
     actuator               the only door out: looks again, asks, says what was asked
+    gateway                streaming proxies in front of Ollama and ComfyUI that hold a call until there is room
     admissions, workers    the desk: leases, the line; limits, generations   estimates  how much it will need
+    runs                   what ComfyUI runs, and what that needs
     journal, store         the only place that records: ring, SQLite, log line, counters   lease_records  its leases
     metrics, api           what people and machines read: Prometheus, JSON, the event stream
     domain                 values only          policy    pure rules: values and `now` in, value out
@@ -23,4 +25,4 @@ From `__main__` to a free: cli -> daemon -> cycle -> actuator -> backends/comfyu
 policy/decide; for the proof, into policy/settle.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 
 from vram_manager.backends import ComfyUI, Ollama
 from vram_manager.clock import Clock
-from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
+from vram_manager.domain.action import Action, FreeComfyUI, LoadModel, Stage, UnloadModel
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
 from vram_manager.domain.snapshot import ComfyUIState, GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Asked, Pending, Refused
@@ -15,6 +16,8 @@ from vram_manager.errors import SensorError, TimedOut
 from vram_manager.gpus import GpuSensor
 from vram_manager.policy.accounting import gpus_seen
 
+# `keep_alive: -1` is 292 years; the server calls more than 20 of them "Forever" (cmd/cmd.go:ListRunningHandler).
+FOR_EVER_SECONDS = 20 * 365.0 * 86_400
 UNLOAD_BODY = {"unload_models": True, "free_memory": True}
 
 
@@ -67,14 +70,28 @@ class Actuator:
                 await self._comfyui.free(self._bodies[action.stage])
             elif isinstance(action, UnloadModel) and self._ollama is not None:
                 await self._ollama.unload(action.model)
+            elif isinstance(action, LoadModel) and self._ollama is not None:
+                await self._ollama.load(action.model, context=action.context, keep_alive_seconds=self._left(action))
+                # It is answered once the model is loaded: what is seen before tells nothing of where it went.
+                at = self._clock.monotonic()
             else:
                 return self._refused(f"there is no {action.target} here")
         except TimedOut as error:
+            if isinstance(action, LoadModel):
+                # Ollama gives a load up that stands still; one that it does not even begin hangs in its scheduler.
+                return self._refused(f"{action.model} has not been loaded: {error.why}; does Ollama hang?", tried=True)
             # The wait for the proof begins now: a server that stood still until here has not acted yet.
             return Asked(at=self._clock.monotonic(), gpu_memory=memory, note=error.why)
         except SensorError as error:
             return self._refused(error.why, tried=True)
         return Asked(at=at, gpu_memory=memory)
+
+    def _left(self, action: LoadModel) -> float | None:
+        """For how long the model is still to be kept; None: as long as the server keeps models by itself."""
+        if action.expires_at is None:
+            return None
+        left = (action.expires_at - self._clock.utcnow()).total_seconds()
+        return inf if left > FOR_EVER_SECONDS else left
 
     def _refused(self, why: str, *, tried: bool = False) -> Refused:
         return Refused(at=self._clock.monotonic(), why=why, tried=tried)
@@ -85,6 +102,8 @@ class Actuator:
             remaining = await self._comfyui.queue_remaining()
             if remaining and not action.forced:
                 raise SensorError(f"ComfyUI became busy ({remaining} running or waiting)")
+        if isinstance(action, LoadModel) and (left := self._left(action)) is not None and left <= 0:
+            raise SensorError(f"the time {action.model} was to be kept is over")
         if isinstance(action, UnloadModel) and self._ollama is not None:
             state = await self._ollama.models()
             if not any(model.name == action.model for model in state.models):

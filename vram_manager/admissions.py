@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,17 @@ from vram_manager.journal import Journal
 from vram_manager.lease_records import LeaseRecords
 from vram_manager.observer import Observer
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import Pace, demands, in_order, judge, kept_before, lease_of, unknown_gpu, whose_turn
+from vram_manager.policy.admission import (
+    Pace,
+    demands,
+    in_order,
+    judge,
+    kept_before,
+    lease_of,
+    reachable,
+    unknown_gpu,
+    whose_turn,
+)
 from vram_manager.policy.leases import Families, account, at_grant, ended, granted, outstanding, overdue, put, renewed
 from vram_manager.processes import Processes
 from vram_manager.store import Store
@@ -37,11 +47,15 @@ LEASE_LOOK_SECONDS = 0.05
 # An answer without a promise may be as old as the beat of a daemon that is at work.
 CHECK_LOOK_SECONDS = 0.25
 LINE_BEAT_SECONDS = 0.25
+# What a card could give lately is looked at over one to two of these. A model is listed a second after its load, and
+# an unload gives its memory back in 0.5-1.5 s (sched.go:waitForVRAMRecovery).
+REACH_SECONDS = 3.0
 MAX_LINE, MAX_LINE_PER_OWNER, MAX_LEASES, MAX_LEASES_PER_OWNER = 256, 16, 1024, 128
 # The same refusal again within this time is counted and not told.
 SAME_REFUSAL_SECONDS = 10.0
 _OWNERS_REMEMBERED, _DURATIONS_REMEMBERED = 256, 10
 _WHEN_UNKNOWN_SECONDS = 30.0
+_STOPPING = "the daemon stops: ask again, with the same request_id"
 
 
 class NoSuchLease(LookupError):
@@ -102,9 +116,14 @@ class Admissions:
         self._durations: OrderedDict[str, deque[float]] = OrderedDict()
         self._prompts: deque[float] = deque(maxlen=_DURATIONS_REMEMBERED)
         self._moved: tuple[float, int] | None = None
+        self._reach: dict[str, int] = {}
+        self._reach_before: dict[str, int] = {}
+        self._reach_since = float("-inf")
         self._refused: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.on_answer: Callable[[str, float], None] = lambda outcome, waited: None
         self.on_end: Callable[[Lease], None] = lambda lease: None
+        self.reserved: Callable[[], Mapping[str | None, int]] = dict
+        """What the daemon keeps for itself on each GPU: the room of a model that is away to be loaded anew."""
         for lease in self._records.restored(clock.monotonic(), self._lives):
             self._keep(lease)
         if self.book.leases:
@@ -129,6 +148,8 @@ class Admissions:
             raise LookupError(unknown)
         verdict = self._admit(request)
         if not verdict.admitted and (wait := self._may_wait(request, verdict)):
+            if self._closing:
+                raise Stopping(_STOPPING)
             verdict = await self._in_line(request, verdict, wait, gone)
         waited = self._clock.monotonic() - began
         lease = self._same(request) if verdict.admitted else None
@@ -171,7 +192,7 @@ class Admissions:
         """The verdict now, and the lease in the book if it is one. Nobody in line who could go is passed over."""
         if request.takes_lease:
             self._serve_line()
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         kept = kept_before(request, self.book, snapshot, self._rules)
         verdict = judge(
             request,
@@ -237,12 +258,15 @@ class Admissions:
             return self._at_the_end(ticket, refused, place, client_left=left.done())
         finally:
             left.cancel()
+            if turn.done():
+                # Whoever was cancelled at the same moment does not ask how it ended.
+                turn.exception()
             del self._turn[key]
             self._leave(ticket)
 
     def _at_the_end(self, ticket: Ticket, refused: Verdict, place: int, *, client_left: bool) -> Verdict:
         """The refusal of one whose time in line is over, with the numbers of now."""
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         request = ticket.request
         verdict = judge(request, snapshot, self.book, self._rules, pace=self._pace(), utcnow=self._clock.utcnow())
         if verdict.admitted:
@@ -265,7 +289,7 @@ class Admissions:
     def _serve_line(self) -> None:
         """Everybody in line whose turn it is, in order, each on what is left after the one before."""
         while self.book.line:
-            snapshot = self._snapshot()
+            snapshot = self.snapshot()
             state = (_moment(snapshot), self.book.leases, self.book.line)
             if self._nobody == state:
                 return
@@ -284,6 +308,10 @@ class Admissions:
             turn = self._turn.get((ticket.request.owner, ticket.request.id))
             if turn is not None and not turn.done():
                 turn.set_result(verdict)
+
+    def would_overtake(self, request: Request) -> bool:
+        """Whether somebody waits who may not be passed by `request`, were it to go on now."""
+        return bool(self.book.line) and bool(kept_before(request, self.book, self.snapshot(), self._rules))
 
     # ---- leases
 
@@ -312,7 +340,7 @@ class Admissions:
         if pid is not None and pid != lease.pid:
             self._processes.unwatch(lease_id)
             lease = replace(lease, pid=pid, pid_started=self._processes.started(pid), baseline_bytes=None)
-            snapshot = self._snapshot()
+            snapshot = self.snapshot()
             lease = at_grant(lease, ended(self.book, lease_id), snapshot, self._families(snapshot, pid), self._rules)
         self._keep(lease)
         return lease
@@ -350,7 +378,7 @@ class Admissions:
             self._over(lease_id)
         for turn in self._turn.values():
             if not turn.done():
-                turn.set_exception(Stopping("the daemon stops: ask again, with the same request_id"))
+                turn.set_exception(Stopping(_STOPPING))
 
     def close(self) -> None:
         """Writes the rest. Blocks."""
@@ -428,25 +456,36 @@ class Admissions:
         For the cycle: a new look may be somebody's turn.
         """
         self._note_prompts(snapshot)
+        self._note_reach(snapshot)
         if self.book.line:
             self._poked.set()
         return self._with_promises(snapshot)
 
     def _with_promises(self, snapshot: Snapshot) -> Snapshot:
-        if not self.book.leases and not self.book.line:
-            return snapshot
+        reserved = self.reserved()
+        if not self.book.leases and not self.book.line and not reserved:
+            return replace(snapshot, reachable_bytes=self._reachable())
         self._account(snapshot)
         leased = outstanding(self.book, snapshot)
+        for gpu, size in reserved.items():
+            leased[gpu] = leased.get(gpu, 0) + size
         shown: dict[str | None, int] = {}
         for lease in self.book.leases.values():
             if not lease.for_comfyui and lease.visible_bytes:
                 shown[lease.gpu] = shown.get(lease.gpu, 0) + lease.visible_bytes
-        snapshot = replace(snapshot, leased_bytes=leased, workers_bytes=shown)
+        snapshot = replace(
+            snapshot,
+            leased_bytes=leased,
+            workers_bytes=shown,
+            reserved_bytes=reserved,
+            reachable_bytes=self._reachable(),
+        )
         if self.book.line:
             snapshot = replace(snapshot, asks=demands(self.book, snapshot, self._rules))
         return snapshot
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """What is known now, with what is promised and who waits."""
         return self._with_promises(self._observer.known())
 
     def _account(self, snapshot: Snapshot) -> None:
@@ -479,6 +518,18 @@ class Admissions:
         if before is not None and before[1] > queue.remaining and queue.moved_at > before[0]:
             self._prompts.append(queue.moved_at - before[0])
 
+    def _note_reach(self, snapshot: Snapshot) -> None:
+        """The most that each GPU could have given, in two spans: the latest, and the one before it."""
+        now = snapshot.taken_at
+        if now - self._reach_since >= REACH_SECONDS:
+            self._reach_before, self._reach, self._reach_since = self._reach, {}, now
+        for gpu, size in reachable(snapshot, self.book, self._rules).items():
+            self._reach[gpu] = max(size, self._reach.get(gpu, 0))
+
+    def _reachable(self) -> dict[str, int]:
+        both = (self._reach_before, self._reach)
+        return {gpu: max(span.get(gpu, 0) for span in both) for gpu in {*self._reach_before, *self._reach}}
+
     def _pace(self) -> Pace:
         return Pace(
             lease_seconds={owner: _usual(past) for owner, past in self._durations.items()},
@@ -489,7 +540,7 @@ class Admissions:
         """Everybody in line, in order."""
         if not self.book.line:
             return []
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         return [
             Waiting(ticket, place, self._eta(ticket.request, snapshot))
             for place, ticket in enumerate(in_order(self.book, snapshot.taken_at), 1)

@@ -21,16 +21,28 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vram_manager.domain.size import MIB, Size, gib, parse_size
 from vram_manager.errors import SettingsError
+from vram_manager.policy.estimate import canonical
 from vram_manager.policy.rules import Rules
 
 Profile: TypeAlias = Literal["balanced", "chat", "image"]
 
+_BY_PROFILE = (
+    ("threshold", 75, 70, 85),
+    ("unload", 85, 85, 92),
+    ("grace", 30, 10, 120),
+    ("empty_room", 600, 120, 3600),
+    ("idle", 30, 15, 120),
+    ("waiting_idle", 2, 2, 120),
+    ("chat_turn", 10, 3, 20),
+    ("image_turn", 10, 20, 3),
+)
 PROFILES: dict[Profile, dict[str, float]] = {
-    "balanced": {"threshold": 75, "unload": 85, "grace": 30, "empty_room": 600, "idle": 30, "waiting_idle": 2},
-    "chat": {"threshold": 70, "unload": 85, "grace": 10, "empty_room": 120, "idle": 15, "waiting_idle": 2},
-    "image": {"threshold": 85, "unload": 92, "grace": 120, "empty_room": 3600, "idle": 120, "waiting_idle": 120},
+    "balanced": {name: value for name, value, _, _ in _BY_PROFILE},
+    "chat": {name: value for name, _, value, _ in _BY_PROFILE},
+    "image": {name: value for name, _, _, value in _BY_PROFILE},
 }
-"""What each profile sets. `waiting_idle` is how long ComfyUI must have been idle when a model fell to the CPU."""
+"""What each profile sets. `waiting_idle` is how long ComfyUI must have been idle when a model fell to the CPU;
+`chat_turn` and `image_turn` how long a call at a gateway waits before it is let in ahead of the other side."""
 
 
 SOFT_FREE_BODY = {"unload_models": True, "free_memory": False}
@@ -106,6 +118,14 @@ Port: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
 MaybeText: TypeAlias = Annotated[str | None, BeforeValidator(_blank_is_none)]
 
 
+def _names(value: object) -> object:
+    """A comma list, without the empty ones."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+Names: TypeAlias = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+
 class _Part(BaseSettings):
     """Compose files pass every variable through, so an empty one means unset."""
 
@@ -118,6 +138,10 @@ class _Server(_Part):
     """Here an empty URL is a value of its own: no such server."""
 
     model_config = SettingsConfigDict(env_ignore_empty=False)
+
+
+KV_VALUE_BYTES = {"f16": 2.0, "q8_0": 1.0625, "q4_0": 0.5625}
+"""Bytes of a value in a cache of that type: blocks of 32 with a scale of two bytes (ggml)."""
 
 
 class OllamaSettings(_Server):
@@ -212,6 +236,11 @@ class AdmissionSettings(_Part):
     vram_estimates: Annotated[dict[str, Mebibytes], NoDecode, BeforeValidator(_json_object)] = {}
     """JSON object of model name pattern to MiB, for example {"ltx2-19b": 24576}: a pattern with * or ? must match the
     whole name, one without any part of it."""
+    ollama_num_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """The same as Ollama's own variable, if that is set there: each slot of a model has its own KV cache. Only used
+    until a model's need has been measured."""
+    ollama_kv_cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"
+    """The same as Ollama's own variable, if that is set there. Only used until a model's need has been measured."""
     vram_soft_limit: Limit = Size(percent=90.0)
     """Use of a GPU above which its workers are warned: percent of it, or a size such as 11GB."""
     vram_hard_limit: Limit = Size(percent=95.0)
@@ -231,6 +260,46 @@ class AdmissionSettings(_Part):
         if any(low is not None and high is not None and high < low for low, high in pairs):
             raise ValueError(f"VRAM_HARD_LIMIT={hard} is below VRAM_SOFT_LIMIT={soft}: it must be at least that")
         return self
+
+
+class GatewaySettings(_Part):
+    """The gateways, which hold a call until there is room for it, and who gives way to whom."""
+
+    gateway_ollama_port: Port | None = None
+    """TCP port of the gateway in front of Ollama: clients that use it instead of Ollama's own never fall to the CPU for
+    want of room that could be made. Empty: off."""
+    gateway_comfyui_port: Port | None = None
+    """TCP port of the gateway in front of ComfyUI: a prompt waits there while Ollama's idle models make room. Empty:
+    off."""
+    gateway_host: str = "127.0.0.1"
+    """Address both gateways listen on. They ask nobody for a password, as Ollama and ComfyUI do not."""
+    gateway_max_wait: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    """Seconds a call is held at most."""
+    gateway_on_timeout: Literal["forward", "refuse"] = "forward"
+    """What happens then. forward: it goes on, and may run on the CPU. refuse: 503 with Retry-After."""
+    ollama_evict: bool = True
+    """true: idle Ollama models are unloaded for ComfyUI, for workers and for each other. A request is never aborted."""
+    ollama_warm_back: bool = False
+    """true: the last model unloaded for ComfyUI is loaded again once ComfyUI's queue has drained."""
+    ollama_pinned: Names = ()
+    """Comma list of models that are never unloaded."""
+    vram_repair_fallback: bool = True
+    """true: a model that fell to the CPU is unloaded and loaded again when it is idle and has room. Three times an
+    hour at most; one that had room all the time is left where it is."""
+
+    def in_words(self) -> list[str]:
+        """These settings as sentences."""
+        pinned = f"; never {', '.join(self.ollama_pinned)}" if self.ollama_pinned else ""
+        gives_way = f"Ollama's idle models give way to others{pinned}" if self.ollama_evict else "Ollama's models stay"
+        repair = "one that fell to the CPU is repaired" if self.vram_repair_fallback else "none is repaired"
+        lines = [f"{gives_way}; {repair}" + ("; the last one comes back" if self.ollama_warm_back else "")]
+        ports = {"Ollama": self.gateway_ollama_port, "ComfyUI": self.gateway_comfyui_port}
+        where = [f"{name} on {self.gateway_host}:{port}" for name, port in ports.items() if port is not None]
+        if where:
+            after = "goes on" if self.gateway_on_timeout == "forward" else "is refused"
+            longest = f"{self.gateway_max_wait:g} s at most"
+            lines.append(f"Gateways: {' and '.join(where)}; a call waits for {longest}, then it {after}")
+        return lines
 
 
 class ServiceSettings(_Part):
@@ -262,6 +331,7 @@ class Settings(_Part):
     policy: PolicySettings
     gpu: GpuSettings
     admission: AdmissionSettings
+    gateway: GatewaySettings
     service: ServiceSettings
 
     def rules(self) -> Rules:
@@ -291,6 +361,14 @@ class Settings(_Part):
             soft_limit_seconds=self.admission.vram_soft_limit_seconds,
             leak_threshold_bytes=self.admission.vram_leak_threshold_mb * MIB,
             leak_generations=self.admission.vram_leak_generations,
+            ollama_parallel=self.admission.ollama_num_parallel,
+            kv_value_bytes=KV_VALUE_BYTES[self.admission.ollama_kv_cache_type],
+            evict=self.gateway.ollama_evict,
+            warm_back=self.gateway.ollama_warm_back,
+            pinned=frozenset(canonical(name) for name in self.gateway.ollama_pinned),
+            repair=self.gateway.vram_repair_fallback,
+            chat_turn_seconds=by_profile["chat_turn"],
+            image_turn_seconds=by_profile["image_turn"],
             enabled=policy.enable_vram_monitoring,
             dry_run=policy.vram_dry_run,
         )
@@ -319,6 +397,7 @@ class Settings(_Part):
             f"{rules.soft_limit_seconds:g} s and stopped above {rules.hard_limit}"
             + ("" if rules.fail_open else "; without a GPU reading nobody is admitted (VRAM_FAIL_OPEN=false)")
         )
+        lines += self.gateway.in_words()
         if rules.dry_run:
             lines.append("DRY RUN: decisions are told, nothing is freed and nobody is refused")
         if not rules.enabled:
@@ -332,8 +411,12 @@ PARTS: tuple[type[_Part], ...] = (
     PolicySettings,
     GpuSettings,
     AdmissionSettings,
+    GatewaySettings,
     ServiceSettings,
 )
+
+
+_PART_NAMES = ("ollama", "comfyui", "policy", "gpu", "admission", "gateway", "service")
 
 
 def variables() -> dict[str, Any]:
@@ -348,14 +431,45 @@ def load() -> Settings:
     """The settings from the environment. Raises SettingsError with one line per wrong variable."""
     problems: list[str] = []
     parts: dict[str, Any] = {}
-    for key, part in zip(("ollama", "comfyui", "policy", "gpu", "admission", "service"), PARTS, strict=True):
+    for key, part in zip(_PART_NAMES, PARTS, strict=True):
         try:
             parts[key] = part()
         except ValidationError as error:
             problems += [_problem(item) for item in error.errors(include_url=False)]
+    if not problems:
+        problems = _circles(parts)
     if problems:
         raise SettingsError("\n".join(problems))
     return Settings(**parts)
+
+
+def _circles(parts: Mapping[str, Any]) -> list[str]:
+    """A gateway in front of itself would ask itself for ever."""
+    gateway = parts["gateway"]
+    ports = {"OLLAMA": gateway.gateway_ollama_port, "COMFYUI": gateway.gateway_comfyui_port}
+    urls = {"OLLAMA": parts["ollama"].ollama_url, "COMFYUI": parts["comfyui"].comfyui_url}
+    problems = [
+        f"{of}_URL={without_secrets(url)}: is the gateway's own address (GATEWAY_{name}_PORT={port}); it must be the "
+        "server's behind it"
+        for of, url in urls.items()
+        for name, port in ports.items()
+        if url and port is not None and _leads_to(url, gateway.gateway_host, port)
+    ]
+    if None not in ports.values() and len(set(ports.values())) == 1:
+        problems.append(f"GATEWAY_COMFYUI_PORT={ports['COMFYUI']}: is GATEWAY_OLLAMA_PORT as well; choose another")
+    return problems
+
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def _leads_to(url: str, host: str, port: int) -> bool:
+    """Whether `url` is what listens on `host`, `port` here. Another address with the same port is another server."""
+    split = urlsplit(url)
+    name = split.hostname
+    if (split.port or (443 if split.scheme == "https" else 80)) != port:
+        return False
+    return name == host or (name in _LOOPBACK and host in (*_LOOPBACK, "0.0.0.0", "::"))
 
 
 def _problem(item: Any) -> str:

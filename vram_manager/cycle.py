@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from vram_manager.actuator import Actuator
 from vram_manager.clock import Clock
-from vram_manager.domain.action import FreeComfyUI
+from vram_manager.domain.action import FreeComfyUI, LoadModel
 from vram_manager.domain.decision import Decision, ManualFree
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Seen
@@ -32,7 +32,7 @@ FIRST_BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a person's wish: the id of the `free_asked` event, or why not."""
+    """What became of a wish: the id of the `free_asked` event, or why not."""
 
     accepted: bool
     event_id: str | None
@@ -76,6 +76,7 @@ class Cycle:
         self._tasks: asyncio.TaskGroup | None = None
         self._second_post: asyncio.Task[None] | None = None
         self._refused_at = float("-inf")
+        self._refused_by_ollama_at = float("-inf")
         self.rules = rules
         self.watch = _remembered(journal, clock)
         self.snapshot: Snapshot | None = None
@@ -131,7 +132,9 @@ class Cycle:
     def _overtaken(self, snapshot: Snapshot) -> bool:
         """The actuator looked later than the sensors and refused: nothing is decided until they have looked too."""
         readings = (snapshot.gpus, snapshot.queue)
-        return any(isinstance(reading, Seen) and reading.at < self._refused_at for reading in readings)
+        late = any(isinstance(reading, Seen) and reading.at < self._refused_at for reading in readings)
+        ollama = snapshot.ollama
+        return late or (isinstance(ollama, Seen) and ollama.at < self._refused_by_ollama_at)
 
     def _give_up_second_post(self) -> None:
         """A second post that still hangs when its free has settled must not run beside the next request."""
@@ -185,12 +188,20 @@ class Cycle:
         request = report.request
         match report.outcome:
             case Refused(at=at, why=why) as outcome:
-                event = _event(request, EventType.FREE_REFUSED)
-                entry = self._record(request, replace(event, reason=f"{why} ({event.reason})"))
+                loading = isinstance(request.pending.action, LoadModel)
+                event = _event(request, EventType.REPAIR_FAILED if loading else EventType.FREE_REFUSED)
+                entry_id = None
+                # A model that made room may not come back for good reasons, such as that its time is over.
+                if self.watch.mending is None or self.watch.mending.repair:
+                    entry_id = self._record(request, replace(event, reason=f"{why} ({event.reason})")).id
                 if not request.again:
                     self._refused_at = at
+                    if not isinstance(request.pending.action, FreeComfyUI):
+                        self._refused_by_ollama_at = at
                     self.watch = refused(self.watch, outcome)
-                _answer(request.answer, Answer(False, entry.id, why))
+                _answer(request.answer, Answer(False, entry_id, why))
+            case Asked() as outcome if isinstance(request.pending.action, LoadModel):
+                self.watch = asked(self.watch, outcome, request.before, "")
             case Asked() as outcome if not request.again:
                 event = _event(request, EventType.FREE_ASKED)
                 if outcome.gpu_memory is not None:

@@ -34,12 +34,16 @@ from vram_manager.cycle import Cycle
 from vram_manager.domain.lease import Lease
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.estimates import Estimates
+from vram_manager.gateway.gateways import Gateways
+from vram_manager.gateway.waiting import Desk
 from vram_manager.gpus import GpuSensor
 from vram_manager.gpus.nvml import NvmlSensor
 from vram_manager.journal import Journal
 from vram_manager.metrics import Metrics
 from vram_manager.observer import Observer
+from vram_manager.policy.repair import reserved
 from vram_manager.processes import Processes
+from vram_manager.runs import Runs
 from vram_manager.store import Store, alone_in
 from vram_manager.workers import Workers
 
@@ -64,6 +68,8 @@ class Daemon:
     workers: Workers
     estimates: Estimates
     processes: Processes
+    runs: Runs
+    gateways: Gateways
 
     async def run(self) -> None:
         """Reads, turns and records until cancelled; the death of any part ends all."""
@@ -73,6 +79,7 @@ class Daemon:
             tasks.create_task(self.cycle.run(), name="cycle")
             tasks.create_task(self.admissions.run(), name="admissions")
             tasks.create_task(self.estimates.write_behind(), name="write estimates")
+            tasks.create_task(self.runs.run(), name="comfyui runs")
 
     def close(self) -> None:
         """Writes what is not yet written, and closes the history. Blocks."""
@@ -86,7 +93,14 @@ class Daemon:
         service = self.settings.service
         admissions = AdmissionRoutes(self.clock, self.admissions, self.estimates, self.cycle.rules, self.processes)
         parts = Parts(
-            self.clock, self.cycle, self.observer, self.journal, self.metrics.render, admissions, self.workers
+            self.clock,
+            self.cycle,
+            self.observer,
+            self.journal,
+            self.metrics.render,
+            admissions,
+            self.workers,
+            self.gateways.waiting,
         )
         async with contextlib.AsyncExitStack() as stack:
             path = service.vram_socket
@@ -97,9 +111,11 @@ class Daemon:
                 tcp = tcp_socket(service.vram_http_host, service.vram_http_port)
                 guarded = app(parts, token=service.vram_api_token, trusted=False)
                 await stack.enter_async_context(serving(guarded, tcp))
+            await stack.enter_async_context(self.gateways.listening())
             # First of all at the end: a stream that is followed would keep the server waiting.
             stack.callback(self.journal.hang_up)
             stack.callback(self.admissions.hang_up)
+            stack.callback(self.gateways.stop)
             yield
 
 
@@ -137,6 +153,18 @@ def build(
         leased_bytes=admissions.leased_to,
         on_demand=observer.changed.set,
     )
+    runs = Runs(clock, comfyui, estimates, rules)
+    desk = Desk(
+        clock=clock,
+        observer=observer,
+        cycle=cycle,
+        admissions=admissions,
+        estimates=estimates,
+        max_wait_seconds=settings.gateway.gateway_max_wait,
+        refuses=settings.gateway.gateway_on_timeout == "refuse",
+        tell=journal.record,
+    )
+    gateways = Gateways(desk, settings)
     metrics = Metrics(clock, cycle, observer, admissions, workers)
     journal.listen(metrics.count)
     cycle.on_turn = metrics.turned
@@ -150,12 +178,30 @@ def build(
     def see(snapshot: Snapshot) -> Snapshot:
         estimates.notice(snapshot)
         workers.turned(snapshot)
+        gateways.seen(snapshot)
         snapshot = admissions.seen(snapshot)
-        return replace(snapshot, asks=(*snapshot.asks, *workers.demands(snapshot.taken_at)))
+        starting = (*workers.demands(snapshot.taken_at), *runs.turned(snapshot))
+        return replace(snapshot, asks=(*snapshot.asks, *starting))
 
     admissions.on_end = lease_ended
+    admissions.reserved = lambda: reserved(cycle.watch, rules)
+    observer.served = gateways.served
+    desk.on_request = metrics.at_gateway
     cycle.see = see
-    return Daemon(settings, clock, observer, cycle, journal, metrics, admissions, workers, estimates, processes)
+    return Daemon(
+        settings=settings,
+        clock=clock,
+        observer=observer,
+        cycle=cycle,
+        journal=journal,
+        metrics=metrics,
+        admissions=admissions,
+        workers=workers,
+        estimates=estimates,
+        processes=processes,
+        runs=runs,
+        gateways=gateways,
+    )
 
 
 def log_to(stream: Any, *, json_lines: bool, debug: bool) -> None:
@@ -250,6 +296,7 @@ async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) 
     if work in done:
         # Only a bug gets here: say it whole, end, and let the container start afresh, cooled down.
         logger.opt(exception=work.exception()).critical("A part of the daemon died")
+        daemon.gateways.crashed()
         status = 1
     elif revoked in done:
         logger.warning("The container lost its GPU device: ending, so that a restart brings it back")

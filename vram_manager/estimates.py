@@ -11,7 +11,7 @@ import math
 import sqlite3
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Generic, NoReturn, TypeVar
@@ -79,6 +79,7 @@ class _Asked:
     subject: str | None = None
     names: tuple[str, ...] = ()
     digest: str | None = None
+    context: int | None = None
     files_bytes: int | None = None
     least_bytes: int = 0
     words: str = ""
@@ -99,6 +100,8 @@ class Estimates:
         self._samples: OrderedDict[str, deque[int]] = OrderedDict()
         # The context that each model was last seen with, as nobody says which one a request will have.
         self._contexts: dict[str, int] = {}
+        # Several names may be of one blob, which Ollama loads once (server/sched.go:schedulerModelKey).
+        self._blobs: dict[str, str] = {}
         self._listed: frozenset[tuple[str, str, int | None]] = frozenset()
         self._total_bytes: int | None = None
         self._unwritten: deque[Peak] = deque(maxlen=MAX_UNWRITTEN)
@@ -123,8 +126,24 @@ class Estimates:
             asked = await self._with_facts(replace(asked, subject=f"model:{model.lower()}"), model, context, until)
         size, source, words = (required, Source.REQUEST, "as asked for") if required is not None else self._best(asked)
         return Estimate(
-            size=size, source=source, subject=asked.subject, words=words, names=asked.names, digest=asked.digest
+            size=size,
+            source=source,
+            subject=asked.subject,
+            words=words,
+            names=asked.names,
+            digest=asked.digest,
+            context=asked.context,
         )
+
+    def blob(self, name: str) -> str | None:
+        """What the model of that canonical name is made of, as far as Ollama was asked; None: it was not."""
+        return self._blobs.get(name)
+
+    async def learn_blobs(self, names: Iterable[str]) -> None:
+        """Asks Ollama what these canonical names are made of, where that is not known yet."""
+        until = self._clock.monotonic() + DEADLINE_SECONDS
+        unknown = [name for name in names if name not in self._blobs]
+        await asyncio.gather(*(self._with_facts(_Asked(), name, None, until) for name in unknown))
 
     def learn(self, subject: str, *, peak_bytes: int) -> None:
         """One run of `subject` held `peak_bytes` at most. What cannot be a peak is passed over."""
@@ -197,11 +216,14 @@ class Estimates:
     def _known(self, asked: _Asked) -> tuple[int, Source, str] | None:
         """What was measured or listed."""
         samples = self._samples.get(asked.subject or "", ())
-        if asked.subject and len(samples) >= LEAST_SAMPLES:
+        # What Ollama says of a loaded model is exact at once.
+        least = 1 if asked.digest else LEAST_SAMPLES
+        if asked.subject and len(samples) >= least:
             self._samples.move_to_end(asked.subject)
             learned = percentile95(samples)
             if learned >= asked.least_bytes:
-                return learned, Source.LEARNED, f"p95 of {len(samples)} runs"
+                of = f" with a context of {asked.subject.rpartition(':')[2]}" if asked.digest else ""
+                return learned, Source.LEARNED, f"p95 of {len(samples)} run{'s' * (len(samples) > 1)}{of}"
             return asked.least_bytes, Source.FILES, f"{asked.words}; of which {gib(learned)} were seen"
         listed = from_table(asked.names, self._rules.estimates)
         return listed and (listed[1], Source.TABLE, f"{listed[0]} in VRAM_ESTIMATES")
@@ -216,10 +238,14 @@ class Estimates:
             return replace(asked, words=f"{name} is no model of Ollama's")
         facts = await self._shown.get(canonical(name), until)
         known = facts if isinstance(facts, ModelFacts) else ModelFacts(architecture="unknown")
+        if len(self._blobs) < MAX_SUBJECTS or canonical(name) in self._blobs:
+            self._blobs[canonical(name)] = known.blob or stored.digest
+        explicit = context
         wanted = context or self._contexts.get(f"model:{stored.digest}") or known.asked_context
         wanted = wanted or default_context(self._total_bytes)
         context = min(wanted, known.trained_context or wanted)
-        asked = replace(asked, subject=model_subject(stored.digest, context), digest=stored.digest)
+        subject = model_subject(stored.digest, context)
+        asked = replace(asked, subject=subject, digest=stored.digest, context=context if explicit else None)
         if isinstance(facts, SensorError):
             return replace(asked, words=f"Ollama cannot be read: {facts.why}")
         size = model_bytes(facts, context, file_bytes=stored.file_bytes, rules=self._rules)
@@ -239,7 +265,7 @@ class Estimates:
         if len(unknown) == len(files):
             errors = [reply.why for reply in replies if isinstance(reply, SensorError)]
             return replace(asked, words=f"ComfyUI cannot tell: {errors[0] if not told else f'no size of {unknown[0]}'}")
-        size = workflow_bytes(sum(size or 0 for size in sizes.values()), workflow.latent_cells)
+        size = workflow_bytes(sum(size or 0 for size in sizes.values()), workflow.latent_cells, workflow.decoded_cells)
         if not unknown:
             words = f"{gib(size)} from {len(files)} file(s) and working memory"
             return replace(asked, files_bytes=size, words=words)

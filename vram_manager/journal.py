@@ -37,6 +37,9 @@ _PREFIX = {
     EventType.DRY_RUN: "free",
     EventType.MODEL_DETECTED: "model",
     EventType.CPU_FALLBACK: "model",
+    EventType.REPAIRED: "repair",
+    EventType.REPAIR_FAILED: "repair",
+    EventType.WARMED_BACK: "repair",
     EventType.PRESSURE_BEGAN: "pressure",
     EventType.PRESSURE_ENDED: "pressure",
     EventType.ADMITTED: "lease",
@@ -298,11 +301,17 @@ def line(entry: Entry) -> tuple[str, str]:
         case EventType.CPU_FALLBACK:
             model, _, rest = event.reason.partition(" is ")
             return "WARNING", f"CPU fallback: {model} is {rest} {tag}"
+        case EventType.REPAIRED:
+            return "INFO", f"Repaired: {event.reason}, in {took} {tag}"
+        case EventType.REPAIR_FAILED:
+            return "WARNING", f"Not repaired: {event.reason} {tag}"
+        case EventType.WARMED_BACK:
+            return "INFO", f"Warmed back: {event.reason}, in {took} {tag}"
         case EventType.PRESSURE_BEGAN:
             return "INFO", f"Pressure on {who}: {event.reason} {tag}"
         case EventType.PRESSURE_ENDED:
             return "INFO", f"Pressure on {who} is over: {event.reason} {tag}"
-        case EventType.WORKER_DEAD | EventType.READINGS_DISAGREE:
+        case EventType.WORKER_DEAD | EventType.READINGS_DISAGREE | EventType.OLLAMA_STUCK:
             return "WARNING", f"{who}: {event.reason} {tag}"
         case EventType.ADMITTED:
             return "INFO", f"Admitted {who}: {event.reason} {tag}"

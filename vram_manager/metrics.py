@@ -23,6 +23,7 @@ from vram_manager.domain.watch import Watch
 from vram_manager.journal import Entry
 
 PREFIX = "vram_manager_"
+_REPAIRS = {EventType.REPAIRED: "repaired", EventType.REPAIR_FAILED: "failed"}
 _OUTCOMES = {
     EventType.FREED: "freed",
     EventType.FREE_UNCONFIRMED: "unconfirmed",
@@ -85,6 +86,15 @@ class Metrics(Collector):
             "cycle_duration_seconds", "One turn of the cycle.", (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1)
         )
 
+        self._repairs = self._counter("repairs", "Models taken off the CPU by how it ended.", ("outcome",))
+        self._gateway = self._counter(
+            "gateway_requests", "Requests at the gateways by what became of them.", ("upstream", "outcome")
+        )
+        self._holds = self._histogram(
+            "gateway_hold_seconds",
+            "How long held requests waited at a gateway.",
+            (0.1, 0.5, 1, 2, 5, 10, 20, 40, 60, 300),
+        )
         self._admitted = self._counter("admissions", "Admission requests by how they ended.", ("outcome",))
         self._waits = self._histogram(
             "admission_wait_seconds",
@@ -116,6 +126,14 @@ class Metrics(Collector):
             self._duration.observe(event.took_seconds or 0.0)
         if event.type is EventType.CPU_FALLBACK:
             self._fallbacks.inc()
+        if (repair := _REPAIRS.get(event.type)) is not None:
+            self._repairs.labels(repair).inc()
+
+    def at_gateway(self, upstream: str, outcome: str, waited_seconds: float) -> None:
+        """Counts one request at a gateway; those that did not wait leave no mark in the histogram."""
+        self._gateway.labels(upstream, outcome).inc()
+        if outcome in {"held", "timeout", "refused"}:
+            self._holds.observe(waited_seconds)
 
     def turned(self, seconds: float) -> None:
         """Counts one turn."""

@@ -16,7 +16,7 @@ from vram_manager.backends import ComfyUI, Ollama
 from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
-from vram_manager.domain.snapshot import ComfyUIState, Gpu, GpuMemory, Gpus, OllamaState, Queue, Snapshot
+from vram_manager.domain.snapshot import ComfyUIState, Gpu, GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
 from vram_manager.errors import SensorError, TimedOut
 from vram_manager.gpus import GpuSensor
 
@@ -93,6 +93,8 @@ class Observer:
         self._followed = False
         self._looking: asyncio.Task[None] | None = None
         self._list_is_new = False
+        self.served: Callable[[OllamaState], OllamaState] = lambda ollama: ollama
+        """Adds to Ollama's models what goes through a gateway in front of them."""
         self.follow_processes = False
         """Somebody's memory is told by its process: the list is read again whenever memory has moved."""
         self._told: dict[str, str] = {}
@@ -110,7 +112,7 @@ class Observer:
             None
             if ollama is None
             else self._sense(
-                "ollama", ollama.models, _traffic, min(slow, OLLAMA_SECONDS), OLLAMA_SECONDS, OLLAMA_LIMIT_SECONDS
+                "ollama", ollama.models, self._traffic, min(slow, OLLAMA_SECONDS), OLLAMA_SECONDS, OLLAMA_LIMIT_SECONDS
             )
         )
         self._stats: _Sense[ComfyUIState] | None = (
@@ -149,10 +151,18 @@ class Observer:
         return Snapshot(
             taken_at=at,
             gpus=self._gpus.now(at) if self._gpus else Off(),
-            ollama=self._ollama.now(at) if self._ollama else Off(),
+            ollama=self._ollama_now(at) if self._ollama else Off(),
             comfyui=self._stats.now(at) if self._stats else Off(),
             queue=self._queue.now(at) if self._queue else Off(),
         )
+
+    def _traffic(self, before: OllamaState | None, value: OllamaState, at: float) -> OllamaState:
+        return _traffic(before, value, at, _only_free_bytes(self._gpus.reading) if self._gpus else None)
+
+    def _ollama_now(self, at: float) -> Reading[OllamaState]:
+        assert self._ollama is not None
+        reading = self._ollama.now(at)
+        return Seen(self.served(reading.value), reading.at) if isinstance(reading, Seen) else reading
 
     @property
     def ready(self) -> bool:
@@ -370,13 +380,31 @@ def _listed_free_bytes(known: Gpu) -> int | None:
     return known.memory.free_bytes if isinstance(known.memory, GpuMemory) else None
 
 
-def _traffic(before: OllamaState | None, value: OllamaState, at: float) -> OllamaState:
+def _only_free_bytes(gpus: Seen[Gpus] | Missing) -> int | None:
+    """What is free on the only GPU there is."""
+    free = [] if isinstance(gpus, Missing) else list(_free_bytes(gpus.value).values())
+    return free[0] if len(free) == 1 else None
+
+
+def _traffic(before: OllamaState | None, value: OllamaState, at: float, free_bytes: int | None) -> OllamaState:
     """Models that come, go or get a new expiry are the traffic a bystander can see."""
     if before is None:
-        return replace(value, active_at=at if value.models else None)
+        models = tuple(replace(model, active_at=at) for model in value.models)
+        return replace(value, models=models, active_at=at if value.models else None)
+    value = replace(value, models=tuple(_followed(model, before, at, free_bytes) for model in value.models))
     seen = {(model.name, model.expires_at) for model in before.models}
     moved = seen != {(model.name, model.expires_at) for model in value.models}
     return replace(value, active_at=at if moved else before.active_at)
+
+
+def _followed(model: LoadedModel, before: OllamaState, at: float, free_bytes: int | None) -> LoadedModel:
+    """The model with when this load of it was first seen, and when its expiry last moved."""
+    same = (one for one in before.models if (one.name, one.digest) == (model.name, model.digest))
+    known = next((one for one in same if one.size_vram_bytes == model.size_vram_bytes), None)
+    if known is None:
+        return replace(model, since=at, active_at=at, free_after_bytes=free_bytes)
+    active_at = at if known.expires_at != model.expires_at else known.active_at
+    return replace(model, since=known.since, active_at=active_at, free_after_bytes=known.free_after_bytes)
 
 
 def _matters(before: object, reading: object) -> bool:

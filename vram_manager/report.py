@@ -22,6 +22,8 @@ def in_words(snapshot: dict[str, Any], events: list[dict[str, Any]]) -> str:
     lines += [*_gpus(snapshot), "", *_ollama(snapshot["ollama"]), "", *_comfyui(snapshot["comfyui"])]
     if snapshot["leases"]:
         lines += ["", "Leases", *(f"   {_lease(lease)}" for lease in snapshot["leases"])]
+    if snapshot["held"]:
+        lines += ["", "Held at the gateways", *(f"  {_held(call)}" for call in snapshot["held"])]
     if snapshot["demands"]:
         lines += ["", "Who needs memory"]
         lines += [
@@ -83,8 +85,14 @@ def _ollama(ollama: dict[str, Any] | None) -> list[str]:
         ratio = model["cpu_ratio"]
         place = "placement unknown" if ratio is None else "100 % GPU" if ratio == 0 else f"{ratio * 100:.0f} % CPU"
         context = f", context {model['context_length']}" if model["context_length"] else ""
-        lines.append(f"   {model['name']:<28} {gib(model['size_bytes']):>10}  {place}{context}")
+        under_way = f", {model['requests']} request(s) under way" if model["requests"] else ""
+        lines.append(f"   {model['name']:<28} {gib(model['size_bytes']):>10}  {place}{context}{under_way}")
     return lines if ollama["models"] else [*lines, "   no model loaded"]
+
+
+def _held(call: dict[str, Any]) -> str:
+    upstream = {"ollama": "Ollama", "comfyui": "ComfyUI"}[call["upstream"]]
+    return f"{upstream}: {call['what']}, for {call['waited_seconds']:.0f} s: {call['why']}"
 
 
 def leases_in_words(listed: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def complaints(value: Any, schema: dict[str, Any], place: str = "") -> list[str]
         found.append(f"{place}: {value!r} is none of {schema['enum']}")
     if "const" in schema and value != schema["const"]:
         found.append(f"{place}: {value!r} is not {schema['const']!r}")
-    if schema.get("format") == "date-time" and datetime.fromisoformat(value).tzinfo is None:
+    if schema.get("format") == "date-time" and value is not None and datetime.fromisoformat(value).tzinfo is None:
         found.append(f"{place}: {value!r} has no time zone")
     if isinstance(value, list):
         for index, item in enumerate(value):

@@ -286,3 +286,6 @@ async def test_events_have_the_types_that_dashboards_know(served: Served):
     events = (await served.http.get("/v1/events")).json()["events"]
     assert {event["type"] for event in events} <= known
     assert {"sensor_back", "free_asked"} <= {event["type"] for event in events}
+    document = DOCUMENT["paths"]["/v1/events"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert set(document["properties"]["events"]["items"]["properties"]["type"]["enum"]) == known
+    assert {"repaired", "repair_failed", "warmed_back", "ollama_stuck"} <= known

@@ -18,6 +18,7 @@ from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.comfyui_replies import (
     parse_model_sizes,
     parse_prompt,
+    parse_prompts,
     parse_queue,
     parse_status,
     parse_system_stats,
@@ -239,6 +240,74 @@ async def test_another_failure_of_get_prompt_is_not_answered_by_asking_more(
 def test_a_count_that_is_none_is_rejected_and_not_taken_for_idle(document: object) -> None:
     with pytest.raises(Rejected):
         parse_prompt(document)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", names("comfyui", "*queue.*.json"))
+async def test_the_workflows_of_the_recorded_queues_are_read_as_they_are(
+    server: respx.MockRouter, sut: ComfyUI, name: str
+) -> None:
+    server.get("/queue").mock(return_value=comfyui(name))
+    queue = comfyui(name).json()
+    expected = [item[2] for item in queue["queue_running"] + queue["queue_pending"]]
+    assert list(await sut.prompts()) == expected
+    assert ("running" in name) == bool(queue["queue_pending"])
+
+
+def queued(*numbers: float) -> list[object]:
+    return [[number, f"id {number}", {"1": number}, {}, ["9"]] for number in numbers]
+
+
+def test_running_workflows_come_first_and_pending_ones_in_the_order_of_their_turn() -> None:
+    document = {"queue_running": queued(3), "queue_pending": queued(5, 7, 6.5, -8)}
+    assert parse_prompts(document) == tuple({"1": number} for number in (3, -8, 5, 6.5, 7))
+
+
+def test_at_most_twenty_workflows_are_kept() -> None:
+    document = {"queue_running": queued(0), "queue_pending": queued(*range(30, 0, -1))}
+    assert parse_prompts(document) == tuple({"1": number} for number in range(20))
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        ({}, "queue_running: is missing"),
+        ({"queue_running": [], "queue_pending": None}, "queue_pending: must be a list, is null"),
+        ({"queue_running": [[1, "id"]], "queue_pending": []}, "queue_running[0]: must be an object, is a list"),
+        ({"queue_running": [], "queue_pending": ["id"]}, 'queue_pending[0]: must be an object, is "id"'),
+        (
+            {"queue_running": [], "queue_pending": [["1", "id", {}]]},
+            'queue_pending[0].number: must be a number, is "1"',
+        ),
+        ([], "the reply: must be an object, is a list"),
+    ],
+)
+def test_workflows_of_a_queue_that_breaks_the_contract_are_rejected_with_the_place(document: object, why: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        parse_prompts(document)
+    assert caught.value.why == why
+
+
+QUEUED = JSON | st.lists(st.tuples(st.integers() | JSON, JSON, JSON, JSON).map(list))
+
+
+@given(JSON | st.fixed_dictionaries({"queue_running": QUEUED, "queue_pending": QUEUED}))
+def test_whatever_queue_comes_its_workflows_are_parsed_or_rejected(document: object) -> None:
+    try:
+        workflows, why = parse_prompts(document), ""
+    except Rejected as error:
+        workflows, why = (), error.why
+    assert why.isprintable()
+    assert len(workflows) <= 20
+
+
+@pytest.mark.asyncio
+async def test_a_queue_that_cannot_be_had_is_an_error_and_not_no_prompts(
+    server: respx.MockRouter, sut: ComfyUI
+) -> None:
+    server.get("/queue").respond(500)
+    with pytest.raises(HttpStatus, match="GET /queue: HTTP 500"):
+        await sut.prompts()
 
 
 @pytest.mark.parametrize("document", [{}, {"queue_running": []}, {"queue_running": [], "queue_pending": None}])

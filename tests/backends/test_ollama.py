@@ -324,6 +324,74 @@ async def test_an_unload_that_gets_no_answer_is_timed_out_and_not_sent_again(
     assert generate.call_count == 1
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("context", "keep_alive_seconds", "asked"),
+    [
+        (None, None, {}),
+        (8192, None, {"options": {"num_ctx": 8192}}),
+        (None, 300, {"keep_alive": 300}),
+        (None, 0.5, {"keep_alive": 0.5}),
+        (4096, math.inf, {"options": {"num_ctx": 4096}, "keep_alive": -1}),
+        (None, 0, {}),
+    ],
+)
+async def test_loading_asks_for_the_model_without_a_prompt_and_with_what_was_told(
+    server: respx.MockRouter,
+    sut: Ollama,
+    context: int | None,
+    keep_alive_seconds: float | None,
+    asked: dict[str, object],
+) -> None:
+    generate = server.post("/api/generate").respond(json=ollama("generate.load.json"))
+    await sut.load("llama3.1:8b", context=context, keep_alive_seconds=keep_alive_seconds)
+    assert json.loads(generate.calls.last.request.content) == {"model": "llama3.1:8b"} | asked
+    assert generate.call_count == 1
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_only_embeds_is_loaded_by_embedding_nothing(server: respx.MockRouter, sut: Ollama) -> None:
+    server.post("/api/generate").respond(400, json={"error": '"nomic-embed-text" does not support generate'})
+    embed = server.post("/api/embed").respond(json={"model": "nomic-embed-text", "embeddings": []})
+    await sut.load("nomic-embed-text", context=2048, keep_alive_seconds=60)
+    asked = {"model": "nomic-embed-text", "keep_alive": 60, "options": {"num_ctx": 2048}}
+    assert json.loads(embed.calls.last.request.content) == asked
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("reply", "kind", "why"),
+    [
+        (
+            httpx.Response(404, json=ollama("error.404.json")),
+            HttpStatus,
+            "POST /api/generate: HTTP 404: model 'no-such-model' not found",
+        ),
+        (
+            httpx.Response(400, json={"error": "invalid model name"}),
+            HttpStatus,
+            "POST /api/generate: HTTP 400: invalid model name",
+        ),
+        (
+            httpx.Response(500, json={"error": "llama-server process has terminated: out of memory"}),
+            HttpStatus,
+            "POST /api/generate: HTTP 500: llama-server process has terminated: out of memory",
+        ),
+        (httpx.ReadTimeout("slow"), TimedOut, "POST /api/generate: no answer within 330 s"),
+        (httpx.ReadError("gone"), SensorError, "POST /api/generate: gone"),
+    ],
+)
+async def test_a_load_that_fails_says_why_and_is_not_asked_for_again(
+    server: respx.MockRouter, sut: Ollama, reply: Any, kind: type[SensorError], why: str
+) -> None:
+    generate = server.post("/api/generate").mock(side_effect=[reply])
+    with pytest.raises(SensorError) as caught:
+        await sut.load("no-such-model", context=None, keep_alive_seconds=None)
+    assert type(caught.value) is kind
+    assert caught.value.why == why
+    assert generate.call_count == 1
+
+
 def show(*tensors: tuple[str, str, list[int]], **info: object) -> dict[str, Any]:
     """A reply with these tensors; `info` counts for more than what the sample says, None takes a key away."""
     document: dict[str, Any] = copy.deepcopy(ollama("show.json"))
@@ -374,6 +442,7 @@ def test_the_facts_of_the_sample_are_read_as_they_are() -> None:
         kv_heads=8,
         trained_context=131072,
         asked_context=8192,
+        blob="667b0c1932bc6ffc593ed1d03f895bf2dc8dc6df21db3042284a6f4416b06a29",
     )
 
 
@@ -459,6 +528,45 @@ def test_the_context_that_the_model_asks_for_is_in_its_parameters(parameters: ob
     assert parse_show(ollama("show.json") | {"parameters": parameters}).asked_context == context
 
 
+@pytest.mark.parametrize(
+    ("parameters", "layers"),
+    [
+        ("num_gpu                        0", 0),
+        ("num_ctx 4096\nnum_gpu 33", 33),
+        ("num_gpu -1", None),
+        ("num_ctx 4096", None),
+        (None, None),
+    ],
+)
+def test_the_layers_that_the_model_wants_on_the_gpu_are_in_its_parameters(
+    parameters: object, layers: int | None
+) -> None:
+    assert parse_show(ollama("show.json") | {"parameters": parameters}).asked_num_gpu == layers
+
+
+BLOB = "0123456789abcdef" * 4
+OTHER = "f" * 64
+
+
+@pytest.mark.parametrize(
+    ("modelfile", "blob"),
+    [
+        (f"FROM /blobs/sha256-{BLOB}\n", BLOB),
+        (f"# FROM /blobs/sha256-{OTHER}\n\nFROM C:\\models\\blobs\\sha256-{BLOB}\nPARAMETER num_ctx 1", BLOB),
+        (f"FROM sha256:{BLOB}", BLOB),
+        (f"FROM /blobs/sha256-{BLOB}\nFROM /blobs/sha256-{OTHER}", BLOB),
+        (f"FROM /models/safetensors\nFROM /blobs/sha256-{OTHER}", None),
+        (f"FROM /blobs/sha256-{BLOB[:-1]}", None),
+        (f"FROM /blobs/sha256-{BLOB}0", None),
+        ("FROM llama3.1:8b", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_blob_is_the_digest_in_the_first_from(modelfile: object, blob: str | None) -> None:
+    assert parse_show(ollama("show.json") | {"modelfile": modelfile}).blob == blob
+
+
 def test_a_trained_context_of_nothing_is_not_told() -> None:
     assert parse_show(show(**{"llama.context_length": 0})).trained_context is None
 
@@ -475,6 +583,7 @@ def test_a_model_that_is_no_gguf_tells_little() -> None:
         (show(**{"general.architecture": 7}), "general.architecture: must be a string, is 7"),
         (show(("a", "F16", [2, -2])), "tensors[0].shape[1]: must be >= 0, is -2"),
         ({"model_info": []}, "model_info: must be a dictionary, is a list"),
+        ({"modelfile": 7}, "modelfile: must be a string, is 7"),
         (None, "the reply: must be an object, is null"),
     ],
 )

@@ -2,7 +2,8 @@
 
 Time passes in ticks of a quarter of a second. Sensors are read at their own pace, so that readings are of
 different ages; `/free` sets flags that an idle ComfyUI acts on 0.7 s later, a busy one after its prompt, and a
-lost one when it is woken next.
+lost one when it is woken next. Ollama places a model by what is free when it is loaded and never looks again; a model
+that answers stays until it has, and what we load is listed a second later.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from tests.policy.worlds import GIB, comfyui, gib, gpu, gpus
-from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
+from vram_manager.domain.action import Action, FreeComfyUI, LoadModel, Stage, UnloadModel
 from vram_manager.domain.decision import Decision, ManualFree
+from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import Event
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import LoadedModel, OllamaState, Queue, Snapshot
 from vram_manager.domain.watch import Asked, Refused, Watch
 from vram_manager.policy import Rules, asked, beat_seconds, decide, decide_manual, refused, reposted
 from vram_manager.policy.accounting import gpus_seen
+from vram_manager.policy.repair import reserved
 
 TICK = 0.25
 TOTAL_GIB = 24.0
 CONTEXT_GIB = 0.5
+LOAD_SECONDS = 1.0
 # ComfyUI's websocket pushes its queue; the others are polled.
 PERIODS = {"gpus": 0.5, "ollama": 1.0, "comfyui": 1.0, "queue": TICK}
 
@@ -38,7 +42,11 @@ class Prompt:
 
 @dataclass
 class World:
-    """What is really there. `released_gib` sums up all that anybody has ever given back."""
+    """What is really there. `released_gib` sums up all that anybody has ever given back.
+
+    `busy` is until when each model answers, `going` who leaves after that, `short_gib` what the prompt that runs did
+    not get. With `gateway` the requests are counted; with `lost_gpu` Ollama has lost the GPU.
+    """
 
     dynamic: bool = False
     highvram: bool = False
@@ -47,6 +55,11 @@ class World:
     others_gib: float = 0.0
     models: dict[str, LoadedModel] = field(default_factory=dict)
     active_at: float | None = None
+    busy: dict[str, float] = field(default_factory=dict)
+    going: set[str] = field(default_factory=set)
+    gateway: bool = False
+    lost_gpu: bool = False
+    short_gib: float = 0.0
     models_gib: float = 0.0
     cache_gib: float = 0.0
     prompts: list[Prompt] = field(default_factory=list)
@@ -64,10 +77,20 @@ class World:
         taken = self.others_gib + self.comfyui_gib + CONTEXT_GIB
         return max(0.0, TOTAL_GIB - taken - sum(model.size_vram_bytes for model in self.models.values()) / GIB)
 
-    def chat(self, name: str, size_gib: float) -> None:
+    def chat(self, name: str, size_gib: float, *, seconds: float = 0.0, num_gpu: int | None = None) -> None:
+        """A request that takes `seconds`; it loads the model anew if other options are asked for."""
+        model = self.models.get(name)
+        gpu_wanted = num_gpu is None or model is None or model.size_vram_bytes == 0
+        if model is None or model.size_bytes != gib(size_gib) or not gpu_wanted:
+            self.place(name, size_gib, num_gpu=num_gpu)
+        self.going.discard(name)
+        self.busy[name] = max(self.busy.get(name, self.now), self.now + seconds)
+        self.active_at = self.now
+
+    def place(self, name: str, size_gib: float, *, num_gpu: int | None = None) -> None:
         """Ollama places a model by what is free now, and never looks again."""
         self.leave(name)
-        room = self.free_gib - 1
+        room = 0.0 if self.lost_gpu or num_gpu == 0 else self.free_gib - 1
         on_gpu = size_gib if room >= size_gib else max(0.0, room)
         self.models[name] = LoadedModel(
             name=name,
@@ -76,13 +99,30 @@ class World:
             size_vram_bytes=gib(on_gpu) if on_gpu >= 0.5 else 0,
             context_length=None,
             expires_at=None,
+            since=self.now,
+            active_at=self.now,
         )
         self.active_at = self.now
+
+    def unload(self, name: str) -> None:
+        """`keep_alive: 0`: it leaves once it has answered."""
+        self.going.add(name)
+        self._ollama()
 
     def leave(self, name: str) -> None:
         if (model := self.models.pop(name, None)) is not None:
             self.released_gib += model.size_vram_bytes / GIB
             self.active_at = self.now
+        self.busy.pop(name, None)
+        self.going.discard(name)
+
+    def _ollama(self) -> None:
+        for name in [name for name, until in self.busy.items() if until <= self.now]:
+            del self.busy[name]
+            self.models[name] = replace(self.models[name], active_at=self.now)
+            self.active_at = self.now
+        for name in [name for name in self.going if name not in self.busy]:
+            self.leave(name)
 
     def others(self, size_gib: float) -> None:
         self.released_gib += max(0.0, self.others_gib - size_gib)
@@ -102,21 +142,27 @@ class World:
 
     def tick(self) -> None:
         self.now += TICK
+        self._ollama()
         if self.prompts and self.prompts[0].ends_at <= self.now:
             self.prompts.pop(0)
             self._act()
             if self.prompts:
                 self._start()
             self._queued()
+        if self.prompts and self.short_gib:
+            more = min(self.short_gib, self.free_gib)
+            self.models_gib += more
+            self.short_gib -= more
         if self.act_at is not None and self.act_at <= self.now:
             self._act()
 
     def _start(self) -> None:
         prompt = self.prompts[0]
         self._act()
-        grown = max(self.models_gib, prompt.models_gib) + prompt.cache_gib
-        grown = min(grown, self.models_gib + self.cache_gib + self.free_gib)
+        wanted = max(self.models_gib, prompt.models_gib) + prompt.cache_gib
+        grown = min(wanted, self.models_gib + self.cache_gib + self.free_gib)
         self.released_gib += max(0.0, self.models_gib + self.cache_gib - grown)
+        self.short_gib = wanted - grown
         self.cache_gib = min(prompt.cache_gib, grown)
         self.models_gib = grown - self.cache_gib
 
@@ -168,6 +214,8 @@ class Daemon:
         self.posts: list[Post] = []
         self.told: list[Told] = []
         self.turns: list[tuple[Snapshot, Decision]] = []
+        self.deleted: set[str] = set()
+        self._loading: tuple[float, str, Snapshot] | None = None
         self._lost_flags = iter(lost_flags)
         self._readings: dict[str, Seen[object] | Missing] = {}
         self._next_turn = world.now
@@ -177,6 +225,7 @@ class Daemon:
         until = self.world.now + seconds
         while self.world.now < until:
             self.world.tick()
+            self._loaded()
             self._read()
             if self.world.now >= self._next_turn:
                 self.turn()
@@ -204,7 +253,31 @@ class Daemon:
     def look(self) -> Snapshot:
         self._read()
         readings = {name: self._readings[name] for name in PERIODS}
-        return Snapshot(taken_at=self.world.now, **readings)  # type: ignore[arg-type]
+        kept = reserved(self.watch, self.rules)
+        return Snapshot(
+            taken_at=self.world.now,
+            asks=self._asks(),
+            leased_bytes=kept,
+            reserved_bytes=kept,
+            **readings,  # type: ignore[arg-type]
+        )
+
+    def _asks(self) -> tuple[Demand, ...]:
+        """ComfyUI has begun and is short of memory."""
+        world = self.world
+        if not world.prompts or world.short_gib < 0.1:
+            return ()
+        begun = Demand(
+            kind=Kind.STARTING,
+            key="comfyui",
+            gpu="GPU-a",
+            need_free_bytes=gib(world.free_gib + world.short_gib),
+            reason="ComfyUI has begun",
+            since=world.queue.since,
+            last_seen_at=world.now,
+            for_comfyui=True,
+        )
+        return (begun,)
 
     def _read(self) -> None:
         for name, period in PERIODS.items():
@@ -219,7 +292,12 @@ class Daemon:
         if name == "gpus":
             return gpus(gpu(free_gib=world.free_gib, total_gib=TOTAL_GIB))
         if name == "ollama":
-            return OllamaState(version="0.32.15", models=tuple(world.models.values()), active_at=world.active_at)
+            models = (
+                replace(model, requests=int(model.name in world.busy) if world.gateway else None)
+                for model in world.models.values()
+                if self._loading is None or model.name != self._loading[1]
+            )
+            return OllamaState(version="0.32.15", models=tuple(models), active_at=world.active_at)
         if name == "queue":
             return world.queue
         torch_gib = world.cache_gib + world.stubborn_gib + (0 if world.dynamic else world.models_gib)
@@ -236,7 +314,11 @@ class Daemon:
         else:
             why = self._second_thoughts(action)
             if why:
-                self.watch = refused(self.watch, Refused(at=world.now, why=why, tried=False))
+                tried = isinstance(action, LoadModel)
+                self.watch = refused(self.watch, Refused(at=world.now, why=why, tried=tried))
+                return
+            if isinstance(action, LoadModel):
+                self._load(action, decision, seen)
                 return
             card = gpu(free_gib=world.free_gib, total_gib=TOTAL_GIB).memory
             report = Asked(at=world.now, gpu_memory=None if isinstance(card, Missing) else card)
@@ -246,12 +328,30 @@ class Daemon:
         self.posts.append(Post(world.now, action, seen, decision.branch, decision.repost, by_hand, busy))
         if isinstance(action, FreeComfyUI):
             world.post(action.stage, lost=next(self._lost_flags, False))
-        else:
-            world.leave(action.model)
+        elif isinstance(action, UnloadModel):
+            world.unload(action.model)
+
+    def _load(self, action: LoadModel, decision: Decision, seen: Snapshot) -> None:
+        world, mending = self.world, decision.watch.mending
+        assert mending is not None
+        self.posts.append(Post(world.now, action, seen, decision.branch, False, False, bool(world.prompts)))
+        if action.model not in world.models:
+            world.place(action.model, mending.model.size_bytes / GIB)
+        self._loading = (world.now + LOAD_SECONDS, action.model, seen)
+
+    def _loaded(self) -> None:
+        """It is answered, and listed, once the model is loaded."""
+        if self._loading is None or self._loading[0] > self.world.now:
+            return
+        seen = self._loading[2]
+        self._loading = None
+        self.watch = asked(self.watch, Asked(at=self.world.now, gpu_memory=None), seen, "")
 
     def _second_thoughts(self, action: Action) -> str:
         if isinstance(action, UnloadModel):
             return "" if action.model in self.world.models else "not loaded any more"
+        if isinstance(action, LoadModel):
+            return "not found" if action.model in self.deleted else ""
         if self.world.prompts and not action.forced:
             return "became busy"
         demand = self.watch.pending.demand if self.watch.pending else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.policy.worlds import DYNAMIC, SOFT, UNLOAD, Policy
 from vram_manager.domain.action import FreeComfyUI, UnloadModel
 from vram_manager.domain.decision import Decision
+from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.reading import Missing, Off, Seen
 from vram_manager.domain.snapshot import (
     ComfyUIState,
@@ -61,11 +63,28 @@ models = st.builds(
     LoadedModel,
     name=texts,
     digest=texts,
-    size_bytes=sizes,
-    size_vram_bytes=sizes,
-    context_length=st.none(),
-    expires_at=st.none(),
+    size_bytes=st.one_of(sizes, st.just(-5)),
+    size_vram_bytes=st.one_of(sizes, st.sampled_from([0, -5])),
+    context_length=st.sampled_from([None, 0, -1, 4096]),
+    expires_at=st.sampled_from([None, datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)]),
+    since=st.one_of(st.none(), moments),
+    active_at=st.one_of(st.none(), moments),
+    requests=st.sampled_from([None, None, 0, 1]),
 )
+asks = st.builds(
+    Demand,
+    kind=st.sampled_from([Kind.WAITING, Kind.STARTING]),
+    key=texts,
+    gpu=st.sampled_from([None, "GPU-a", "GPU-b", "gone"]),
+    need_free_bytes=sizes,
+    reason=texts,
+    since=moments,
+    last_seen_at=moments,
+    patient=st.booleans(),
+    for_comfyui=st.booleans(),
+    model=st.one_of(st.none(), texts),
+)
+promised = st.dictionaries(st.sampled_from([None, "GPU-a", "comfyui-0"]), st.integers(0, 2**36), max_size=2)
 devices = st.builds(
     TorchDevice,
     name=texts,
@@ -98,7 +117,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         name: draw(st.one_of(*[st.builds(Seen, value, st.floats(at - 30, at))] * 4, missing, st.just(Off())))
         for name, value in values.items()
     }
-    return Snapshot(taken_at=at, **readings)
+    asked = tuple(draw(st.lists(asks, max_size=2))) if draw(st.booleans()) else ()
+    return Snapshot(taken_at=at, asks=asked, leased_bytes=draw(promised), reserved_bytes=draw(promised), **readings)
 
 
 rules = st.builds(
@@ -113,6 +133,9 @@ rules = st.builds(
     comfyui_gpu=st.sampled_from([None, None, "0", "GPU-b", "x"]),
     ollama_gpu=st.sampled_from([None, None, "1", "GPU-a", "x"]),
     dry_run=st.sampled_from([False, False, True]),
+    repair=st.booleans(),
+    warm_back=st.booleans(),
+    evict=st.sampled_from([True, True, False]),
 )
 actions = st.sampled_from([SOFT, UNLOAD, UnloadModel(model="a")])
 calm = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

@@ -26,7 +26,8 @@ from vram_manager.domain.demand import Kind
 from vram_manager.domain.lease import Priority, Source, Ticket
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import Snapshot
-from vram_manager.policy import Rules
+from vram_manager.domain.watch import Watch
+from vram_manager.policy import Rules, decide
 from vram_manager.policy.admission import Pace, demands, eta_seconds, in_order, judge, kept_before, lease_of, whose_turn
 from vram_manager.policy.leases import outstanding
 
@@ -489,8 +490,9 @@ def test_on_several_gpus_any_of_them_would_do() -> None:
 
 
 def test_comfyui_is_not_asked_to_make_room_for_itself() -> None:
-    line = (waiting(20, "queue", 95, for_comfyui=True),)
-    assert demands(book(line=line), snapshot(100, gpu(free_gib=1)), RULES) == ()
+    seen = snapshot(100, gpu(free_gib=1), comfyui=comfyui(torch_gib=20))
+    (demand,) = demands(book(line=(waiting(20, "queue", 95, for_comfyui=True),)), seen, RULES)
+    assert decide(replace(seen, asks=(demand,)), Watch(), RULES).branch == "4 would not fit"
 
 
 def test_nothing_is_asked_for_while_nothing_can_be_seen() -> None:

@@ -11,6 +11,7 @@ from tests.policy.worlds import (
     CHAT,
     GIB,
     MIB,
+    NO_REPAIR,
     SOFT,
     Policy,
     comfyui,
@@ -26,7 +27,7 @@ from tests.policy.worlds import (
 )
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import EventType
-from vram_manager.domain.reading import Missing
+from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import LoadedModel
 from vram_manager.domain.watch import Watch
 from vram_manager.policy import Rules
@@ -186,7 +187,7 @@ def test_a_model_that_came_back_leaves_no_demand_of_its_old_placement(chat: Load
 
 
 def test_a_demand_is_over_when_there_is_room() -> None:
-    policy = Policy()
+    policy = Policy(NO_REPAIR)
     policy.look(fallen(0, queue=BUSY))
     assert policy.look(fallen(1, free_gib=3, queue=BUSY)).branch == "3 nobody"
     assert policy.watch.demands == {}
@@ -194,13 +195,13 @@ def test_a_demand_is_over_when_there_is_room() -> None:
 
 def test_room_on_any_gpu_that_ollama_may_use_is_room() -> None:
     seen = snapshot(0, gpus(gpu(free_gib=1), second(free_gib=20)), ollama=ollama(model(gpu_gib=6)))
-    assert Policy().look(seen).branch == "3 nobody"
-    assert Policy(Rules(ollama_gpu="0")).look(seen).branch != "3 nobody"
+    assert Policy(NO_REPAIR).look(seen).branch == "3 nobody"
+    assert Policy(Rules(ollama_gpu="0", repair=False)).look(seen).branch != "3 nobody"
 
 
 def test_a_model_on_the_cpu_with_room_to_spare_is_meant_to_be_there() -> None:
     # num_gpu: 0, for example. Later renders change nothing about that placement.
-    policy = Policy(CALM)
+    policy = Policy(NO_REPAIR)
     policy.look(fallen(0, free_gib=20, torch_gib=0))
     for at in range(10, 600, 10):
         assert policy.acts(fallen(at)) is None
@@ -208,7 +209,7 @@ def test_a_model_on_the_cpu_with_room_to_spare_is_meant_to_be_there() -> None:
 
 
 def test_a_model_that_was_meant_to_be_on_the_cpu_is_looked_at_anew_when_it_is_loaded_again() -> None:
-    policy = Policy(CALM)
+    policy = Policy(NO_REPAIR)
     policy.look(fallen(0, free_gib=20, torch_gib=0))
     policy.look(snapshot(300))
     assert policy.acts(fallen(600)) == SOFT
@@ -222,14 +223,14 @@ def test_a_model_that_was_meant_to_be_on_the_cpu_is_looked_at_anew_when_it_is_lo
     ],
 )
 def test_room_that_a_working_comfyui_leaves_for_a_moment_does_not_end_the_matter(seen) -> None:
-    policy = Policy()
+    policy = Policy(NO_REPAIR)
     policy.look(fallen(0, queue=BUSY))
     policy.look(seen())
     assert policy.acts(fallen(60, queue=queue(since=50, runs=2))) == SOFT
 
 
 def test_an_answered_placement_is_not_freed_for_again() -> None:
-    policy = Policy(CALM)
+    policy = Policy(NO_REPAIR)
     freed_for(policy, at=0)
     for at in range(100, 700, 20):
         assert policy.acts(fallen(at, queue=queue(since=at - 10, runs=at))) is None
@@ -251,10 +252,26 @@ def test_a_placement_for_which_nothing_came_back_is_tried_again_after_the_next_r
 
 
 def test_a_new_placement_of_an_answered_model_is_a_new_demand() -> None:
-    policy = Policy(CALM)
+    policy = Policy(NO_REPAIR)
     freed_for(policy, at=0)
     policy.look(snapshot(50))
     assert policy.acts(fallen(100, queue=queue(runs=2))) == SOFT
+
+
+def test_room_read_before_a_model_was_seen_on_the_cpu_does_not_end_the_matter() -> None:
+    # Ollama lists a model once it is loaded: the memory was read before it was taken.
+    policy = Policy(NO_REPAIR)
+    policy.look(replace(fallen(10, free_gib=20, torch_gib=0), gpus=Seen(gpus(gpu(free_gib=20)), 9.0)))
+    assert policy.acts(fallen(60)) == SOFT
+
+
+def test_what_was_freed_for_a_placement_and_taken_by_comfyui_at_once_is_not_freed_again() -> None:
+    policy = Policy(NO_REPAIR)
+    assert policy.acts(fallen(0)) == SOFT
+    for at in (1, 1.5):
+        policy.look(fallen(at, free_gib=17, torch_gib=0, queue=queue(1, since=1, runs=2)))
+    assert policy.of(EventType.FREED)
+    assert policy.acts(fallen(100, queue=queue(since=50, runs=2))) is None
 
 
 def freed_for(policy: Policy, at: float, left_gib: float = 17) -> None:

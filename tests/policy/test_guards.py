@@ -67,7 +67,7 @@ HOUR = tuple(float(at) for at in range(-40, 0))
             Watch(frees_at=HOUR),
             fallen(0),
             "5 budget",
-            "40 frees within the hour: more would be ping-pong",
+            "40 swaps within the hour, 40 at most: more would be ping-pong",
             3560,
             id="budget",
         ),

@@ -158,7 +158,7 @@ REFUSALS = [
         Rules(max_frees_per_hour=1),
         Watch(frees_at=(-60.0,)),
         loaded(),
-        "1 frees within the hour",
+        "1 swaps within the hour, 1 at most",
         True,
         id="budget",
     ),

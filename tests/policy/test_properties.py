@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from tests.policy.model import Daemon, Post, World
 from tests.policy.worlds import GIB, SOFT, UNLOAD
-from vram_manager.domain.action import FreeComfyUI, UnloadModel
+from vram_manager.domain.action import FreeComfyUI, LoadModel, UnloadModel
 from vram_manager.domain.demand import Kind
 from vram_manager.domain.event import EventType
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import Queue
 from vram_manager.policy import Rules
 from vram_manager.policy.accounting import gpus_seen
+from vram_manager.policy.demands import fallback, met, on_cpu
 from vram_manager.policy.plan import Target, comfyui_target
 
 Act: TypeAlias = Callable[[Daemon], None]
@@ -40,6 +42,18 @@ names = st.sampled_from(["a", "b"])
 
 def chats(name: str, size: float) -> Act:
     return lambda daemon: daemon.world.chat(name, size)
+
+
+def asks(name: str, size: float, seconds: float, num_gpu: int | None) -> Act:
+    return lambda daemon: daemon.world.chat(name, size, seconds=seconds, num_gpu=num_gpu)
+
+
+def loses_the_gpu(lost: bool) -> Act:
+    return lambda daemon: setattr(daemon.world, "lost_gpu", lost)
+
+
+def deletes(name: str) -> Act:
+    return lambda daemon: daemon.deleted.add(name)
 
 
 def leaves(name: str) -> Act:
@@ -77,6 +91,8 @@ trouble = st.one_of(st.builds(loses, sensors), st.builds(finds, sensors), st.bui
 wished = st.builds(
     wishes, st.sampled_from([SOFT, UNLOAD, UnloadModel(model="a"), UnloadModel(model="b")]), st.booleans()
 )
+requests = st.builds(asks, names, sizes, st.sampled_from([0.0, 2.0, 20.0]), st.sampled_from([None, None, None, 0]))
+mishaps = st.one_of(st.builds(loses_the_gpu, st.booleans()), st.builds(deletes, names))
 pauses = st.sampled_from([0.25, 1.0, 1.0, 3.0, 10.0, 30.0])
 worlds = st.builds(
     World,
@@ -85,6 +101,7 @@ worlds = st.builds(
     stubborn_gib=st.sampled_from([0.0, 0.0, 3.0]),
     others_gib=st.sampled_from([0.0, 0.0, 6.0, 12.0]),
 )
+shared_worlds = st.builds(World, gateway=st.booleans(), others_gib=st.sampled_from([0.0, 0.0, 6.0]))
 honest_worlds = st.builds(World, highvram=st.booleans(), others_gib=st.sampled_from([0.0, 6.0]))
 
 
@@ -191,7 +208,7 @@ def test_a_dry_run_and_a_mere_monitor_never_act(day, world) -> None:
 def test_every_request_ends_in_one_verdict(day, world, lost) -> None:
     daemon = spend(day, world, lost_flags=lost)
     verdicts = [told for told in daemon.told if told.event.type in ENDS]
-    requests = [post for post in daemon.posts if not post.repost]
+    requests = [post for post in daemon.posts if not post.repost and not isinstance(post.action, LoadModel)]
     under_way = daemon.watch.pending is not None
     assert len(verdicts) == len(requests) - under_way
     assert not under_way or daemon.world.now - requests[-1].at <= RULES.settle_timeout_seconds
@@ -273,3 +290,90 @@ def test_a_chat_that_falls_to_the_cpu_gets_its_room_within_a_cooldown(day, world
     assume(world.free_gib < need_gib <= world.free_gib + world.models_gib)
     daemon.live(RULES.cooldown_seconds + RULES.comfyui_idle_seconds + RULES.settle_timeout_seconds + 2)
     assert world.models_gib == 0
+
+
+# -- Ollama's models give way, are mended and come back
+
+
+MENDS = replace(RULES, warm_back=True, repair_backoff_seconds=10, min_residency_seconds=3, max_frees_per_hour=8)
+HOUR = 3600.0
+
+
+def of_ollama(daemon: Daemon) -> list[Post]:
+    """What we unloaded without anybody having asked for it by hand."""
+    return [post for post in daemon.posts if isinstance(post.action, UnloadModel) and not post.by_hand]
+
+
+def repairs(daemon: Daemon) -> list[Post]:
+    return [post for post in of_ollama(daemon) if post.branch == "7 repair"]
+
+
+@few
+@given(day=days(traffic, requests, requests, trouble, mishaps), world=shared_worlds, lost=flags)
+def test_we_only_unload_models_that_have_been_quiet_and_are_not_pinned(day, world, lost) -> None:
+    for post in of_ollama(spend(day, world, replace(MENDS, pinned=frozenset({"a:latest"})), lost)):
+        assert isinstance(post.seen.ollama, Seen)
+        (model,) = (one for one in post.seen.ollama.value.models if one.name == post.action.target.split(":")[1])
+        seconds = MENDS.unseen_idle_seconds if model.requests is None else MENDS.model_idle_seconds
+        assert not model.requests
+        assert model.active_at is not None
+        assert post.at - model.active_at >= seconds
+        assert model.name != "a" or post.branch == "7 repair"
+
+
+@few
+@given(day=days(traffic, requests, requests, trouble, mishaps), world=shared_worlds, lost=flags)
+def test_no_hour_sees_more_swaps_than_its_budget(day, world, lost) -> None:
+    daemon = spend(day, world, replace(MENDS, max_frees_per_hour=3, cooldown_seconds=2), lost)
+    swaps = [post for post in daemon.posts if not post.repost and not isinstance(post.action, LoadModel)]
+    for place, post in enumerate(swaps):
+        assert place < 3 or post.branch.startswith("6 escalate")
+
+
+@few
+@given(day=days(traffic, requests, requests, trouble, mishaps), world=shared_worlds, lost=flags)
+def test_a_model_is_repaired_no_more_often_than_an_hour_allows_and_never_two_at_once(day, world, lost) -> None:
+    daemon = spend(day, world, MENDS, lost)
+    for name in ("a", "b"):
+        assert sum(post.action.target == f"ollama:{name}" for post in repairs(daemon)) <= MENDS.max_repairs_per_hour
+    for (_, before), (_, after) in pairwise(daemon.turns):
+        if after.branch == "7 repair":
+            assert before.watch.mending is None or after.events
+        if after.watch.mending is not None and before.watch.mending is not None and after.branch != "7 repair":
+            assert after.watch.mending == before.watch.mending
+
+
+@few
+@given(day=days(traffic, requests, requests, trouble, mishaps), world=shared_worlds, lost=flags)
+def test_every_mending_ends(day, world, lost) -> None:
+    daemon = spend(day, world, MENDS, lost)
+    daemon.live(120)
+    # The unload, the wait for room, one other swap meanwhile, the load and the look where it went.
+    longest = 60 + 4 * MENDS.settle_timeout_seconds
+    for seen, decision in daemon.turns:
+        mending = decision.watch.mending
+        assert mending is None or seen.taken_at - mending.began_at <= longest
+    assert sum(isinstance(post.action, LoadModel) for post in daemon.posts) <= len(of_ollama(daemon))
+
+
+@few
+@given(day=days(traffic, requests, requests, trouble), world=shared_worlds, lost=flags)
+def test_in_the_end_no_idle_model_is_on_the_cpu_that_would_fit_unless_it_was_meant_or_tried_often(
+    day, world, lost
+) -> None:
+    rules = replace(MENDS, max_frees_per_hour=1000)
+    daemon = spend(day, world, rules, lost)
+    daemon.gone.clear()
+    daemon.live(max([1.0, *(prompt.ends_at - world.now + 1 for prompt in world.prompts)]))
+    daemon.live(max([1.0, *(until - world.now + 1 for until in world.busy.values())]))
+    daemon.live(200)
+    seen = daemon.look()
+    gpus = gpus_seen(seen)
+    assert not isinstance(gpus, Missing)
+    assert isinstance(seen.ollama, Seen)
+    assert daemon.watch.mending is None
+    for model in seen.ollama.value.models:
+        demand = fallback(model, seen.ollama.value, 0, world.now, rules)
+        tried = len(daemon.watch.repairs_at.get(model.digest, ()))
+        left_alone = demand.key in daemon.watch.meant or tried >= rules.max_repairs_per_hour
+        assert not on_cpu(model) or left_alone or not met(demand, seen, gpus, rules)

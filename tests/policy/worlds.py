@@ -41,6 +41,8 @@ DYNAMIC = "0.33.0"
 CLASSIC = "0.3.64"
 # No pressure, however long memory is short.
 CALM = Rules(grace_seconds=1e9, empty_room_grace_seconds=1e9)
+# Models stay where Ollama put them.
+NO_REPAIR = replace(CALM, repair=False)
 
 
 def gib(size: float) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 from loguru import logger
 
+from tests.fakes import WallClock
+from tests.scenarios.through import Through
 from vram_manager import config
 from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.http import JsonClient
@@ -19,19 +21,31 @@ from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
 from vram_manager.daemon import Daemon, build
 from vram_manager.domain.event import Event, EventType
+from vram_manager.gateway.proxy import Gate
 from vram_manager.simulator.world import World, txt2img
 from vram_manager.store import Store
 
+# In virtual time Ollama's timers and the times it tells of them must agree.
+WALL = WallClock()
+
+
+def a_world(gpu_gib: float = 24, **more: Any) -> World:
+    """A world whose wall clock goes with the loop's time."""
+    return World(gpu_gib, utcnow=WALL, **more)
+
 
 def settings(**policy: Any) -> config.Settings:
-    """The defaults, with some of the policy's and ComfyUI's settings changed."""
+    """The defaults, with some of the policy's, ComfyUI's and the gateways' settings changed."""
     comfyui = {name: policy.pop(name) for name in list(policy) if name.startswith("comfyui_")}
+    own = config.GatewaySettings.model_fields
+    gateway = {name: policy.pop(name) for name in list(policy) if name in own}
     return config.Settings.model_construct(
         ollama=config.OllamaSettings.model_construct(),
         comfyui=config.ComfyUISettings.model_construct(**comfyui),
         policy=config.PolicySettings.model_construct(**policy),
         gpu=config.GpuSettings.model_construct(),
         admission=config.AdmissionSettings.model_construct(),
+        gateway=config.GatewaySettings.model_construct(**gateway),
         service=config.ServiceSettings.model_construct(),
     )
 
@@ -79,8 +93,8 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running(world: World, directory: Path, *, push: bool = False, **changed: Any) -> AsyncIterator[Stack]:
-    """A daemon at work over `world`. ComfyUI's websocket is out of reach here: its queue is polled."""
+async def running(world: World, directory: Path, **changed: Any) -> AsyncIterator[Stack]:
+    """A daemon at work over a world from above. ComfyUI's websocket is out of reach here: its queue is polled."""
 
     async def no_websocket(*args: Any, **kwargs: Any) -> Any:
         raise OSError("no websocket without sockets")
@@ -88,8 +102,11 @@ async def running(world: World, directory: Path, *, push: bool = False, **change
     def client(app: Any) -> httpx.ASGITransport:
         return httpx.ASGITransport(app=app)
 
+    def through(gate: Gate | None, upstream: httpx.ASGITransport) -> httpx.AsyncBaseTransport:
+        return upstream if gate is None else Through(gate, upstream)
+
     logger.remove()
-    clock = Clock.of_running_loop()
+    clock = Clock(asyncio.get_running_loop().time, WALL)
     ollama = HttpOllama(JsonClient("http://ollama", name="ollama", transport=client(world.ollama.app)))
     comfyui = HttpComfyUI(
         JsonClient("http://comfyui", name="comfyui", transport=client(world.comfyui.app)), connect=no_websocket
@@ -98,8 +115,14 @@ async def running(world: World, directory: Path, *, push: bool = False, **change
     daemon = build(settings(**changed), clock, store, gpus=world.gpus, ollama=ollama, comfyui=comfyui)
     async with (
         world,
-        httpx.AsyncClient(transport=client(world.ollama.app), base_url="http://ollama", timeout=600) as chat,
-        httpx.AsyncClient(transport=client(world.comfyui.app), base_url="http://comfyui", timeout=600) as render,
+        httpx.AsyncClient(
+            transport=through(daemon.gateways.ollama, client(world.ollama.app)), base_url="http://ollama", timeout=6000
+        ) as chat,
+        httpx.AsyncClient(
+            transport=through(daemon.gateways.comfyui, client(world.comfyui.app)),
+            base_url="http://comfyui",
+            timeout=6000,
+        ) as render,
     ):
         stack = Stack(world, daemon, chat, render)
         daemon.journal.listen(lambda entry: stack.events.append((clock.monotonic(), entry.event)))
@@ -108,6 +131,7 @@ async def running(world: World, directory: Path, *, push: bool = False, **change
                 tasks.create_task(daemon.observer.run()),
                 tasks.create_task(daemon.cycle.run()),
                 tasks.create_task(daemon.admissions.run()),
+                tasks.create_task(daemon.runs.run()),
             ]
             try:
                 yield stack

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from tests.policy.desk import request
-from tests.scenarios.stack import Stack, running
+from tests.scenarios.stack import Stack, a_world, running
 from vram_manager.admissions import Answer
 from vram_manager.domain.event import EventType
 from vram_manager.simulator.ledger import GIB
-from vram_manager.simulator.world import World
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.looptime]
 
@@ -24,7 +23,7 @@ async def ask(stack: Stack, size: float, **more: Any) -> Answer:
 
 @pytest.mark.parametrize("mode", ["legacy", "dynamic"])
 async def test_an_idle_comfyui_gives_way_and_the_worker_loads_what_it_was_promised(tmp_path: Path, mode: str) -> None:
-    world = World(gpu_gib=12, mode=mode)  # type: ignore[arg-type]
+    world = a_world(gpu_gib=12, mode=mode)  # type: ignore[arg-type]
     async with running(world, tmp_path) as stack:
         await stack.rendered()
         assert world.ledger.free_bytes < 9 * GIB
@@ -38,7 +37,7 @@ async def test_an_idle_comfyui_gives_way_and_the_worker_loads_what_it_was_promis
 
 
 async def test_a_render_is_never_cut_short_for_a_worker(tmp_path: Path) -> None:
-    world = World(gpu_gib=12, mode="legacy")
+    world = a_world(gpu_gib=12, mode="legacy")
     async with running(world, tmp_path) as stack:
         await stack.rendered()
         await stack.render(steps=200)
@@ -51,14 +50,13 @@ async def test_a_render_is_never_cut_short_for_a_worker(tmp_path: Path) -> None:
 
 
 async def test_a_worker_waits_for_a_model_to_leave_and_is_told_when(tmp_path: Path) -> None:
-    world = World(gpu_gib=12, mode="legacy")
-    async with running(world, tmp_path) as stack:
+    world = a_world(gpu_gib=12, mode="legacy")
+    async with running(world, tmp_path, ollama_evict=False) as stack:
         await stack.chat(keep_alive="60s")
         await asyncio.sleep(5)
         refused = (await ask(stack, 8, wait_seconds=0.0, margin_gib=1)).verdict
         assert "Ollama holds" in refused.reason
-        # The wall clock, by which Ollama says when a model leaves, stands still in virtual time.
-        assert refused.retry_after_seconds == pytest.approx(60, abs=2)
+        assert refused.retry_after_seconds == pytest.approx(55, abs=2)
         answer = await ask(stack, 8, id="again", wait_seconds=300.0, margin_gib=1)
         assert answer.lease is not None
         assert answer.waited_seconds == pytest.approx(55, abs=8)
@@ -66,7 +64,7 @@ async def test_a_worker_waits_for_a_model_to_leave_and_is_told_when(tmp_path: Pa
 
 
 async def test_a_model_of_ollama_is_asked_about_by_its_files_and_then_by_what_it_took(tmp_path: Path) -> None:
-    world = World(gpu_gib=24, mode="legacy")
+    world = a_world(gpu_gib=24, mode="legacy")
     async with running(world, tmp_path) as stack:
         estimates = stack.daemon.estimates
         first = await estimates.of(required=None, model="llama3.1:8b", context=None, workflow=None)
@@ -77,5 +75,5 @@ async def test_a_model_of_ollama_is_asked_about_by_its_files_and_then_by_what_it
             await stack.unload()
             await asyncio.sleep(3)
         learned = await estimates.of(required=None, model="llama3.1:8b", context=None, workflow=None)
-        assert (learned.source, learned.words) == ("learned", "p95 of 3 runs")
+        assert (learned.source, learned.words) == ("learned", "p95 of 3 runs with a context of 4096")
         assert learned.size.bytes == pytest.approx(6 * GIB, rel=0.1)

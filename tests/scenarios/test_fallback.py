@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.stack import running
+from tests.scenarios.stack import a_world, running
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import EventType
-from vram_manager.simulator.world import World
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.looptime]
 GIB = 2**30
@@ -18,7 +17,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize("mode", ["legacy", "dynamic"])
 async def test_an_idle_comfyui_is_freed_for_a_model_that_fell_to_the_cpu(mode: str, tmp_path: Path) -> None:
-    async with running(World(12, mode=mode), tmp_path) as stack:
+    async with running(a_world(12, mode=mode), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat()
@@ -35,7 +34,7 @@ async def test_an_idle_comfyui_is_freed_for_a_model_that_fell_to_the_cpu(mode: s
 
 
 async def test_every_byte_that_came_back_is_reported(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(a_world(12), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         before = stack.world.ledger.held_bytes("comfyui")
@@ -47,7 +46,7 @@ async def test_every_byte_that_came_back_is_reported(tmp_path: Path) -> None:
 
 
 async def test_highvram_goes_straight_to_the_unload_stage(tmp_path: Path) -> None:
-    async with running(World(12, mode="highvram"), tmp_path) as stack:
+    async with running(a_world(12, mode="highvram"), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat()
@@ -57,7 +56,7 @@ async def test_highvram_goes_straight_to_the_unload_stage(tmp_path: Path) -> Non
 
 
 async def test_a_model_that_fits_beside_comfyui_frees_nothing(tmp_path: Path) -> None:
-    async with running(World(24), tmp_path) as stack:
+    async with running(a_world(24), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat()
@@ -68,7 +67,7 @@ async def test_a_model_that_fits_beside_comfyui_frees_nothing(tmp_path: Path) ->
 
 
 async def test_a_model_put_on_the_cpu_by_wish_frees_nothing_when_there_is_room(tmp_path: Path) -> None:
-    async with running(World(24), tmp_path) as stack:
+    async with running(a_world(24), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat(options={"num_gpu": 0})
@@ -79,7 +78,7 @@ async def test_a_model_put_on_the_cpu_by_wish_frees_nothing_when_there_is_room(t
 
 
 async def test_a_trigger_that_meets_a_long_render_is_answered_after_it(tmp_path: Path) -> None:
-    async with running(World(13), tmp_path) as stack:
+    async with running(a_world(13), tmp_path, vram_repair_fallback=False, ollama_evict=False) as stack:
         await stack.rendered()
         await stack.render(steps=400, seed=2)
         await asyncio.sleep(3)
@@ -97,7 +96,7 @@ async def test_a_trigger_that_meets_a_long_render_is_answered_after_it(tmp_path:
 
 
 async def test_one_placement_is_answered_once(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(a_world(12), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat(keep_alive=-1)
@@ -110,7 +109,7 @@ async def test_one_placement_is_answered_once(tmp_path: Path) -> None:
 
 
 async def test_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path, vram_dry_run=True) as stack:
+    async with running(a_world(12), tmp_path, vram_dry_run=True) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         await stack.chat(keep_alive=-1)
@@ -121,7 +120,7 @@ async def test_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) ->
 
 
 async def test_a_lost_gpu_is_not_a_full_gpu(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(a_world(12), tmp_path) as stack:
         await stack.rendered()
         await asyncio.sleep(15)
         stack.world.ledger.lost = True

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.scenarios.stack import running
+from tests.scenarios.stack import a_world, running
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import EventType
 from vram_manager.simulator.comfyui_executor import ComfyUISettings
-from vram_manager.simulator.world import World
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.looptime]
 GIB = 2**30
@@ -20,7 +19,7 @@ QUICK = {"vram_grace_seconds": 20.0, "comfyui_idle_seconds": 15.0}
 
 
 async def test_an_idle_comfyui_is_freed_when_use_stays_over_the_threshold(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path, **QUICK) as stack:
+    async with running(a_world(12), tmp_path, **QUICK) as stack:
         await stack.rendered()
         done = asyncio.get_running_loop().time()
         stack.world.ledger.claim("desktop", 3 * GIB)
@@ -40,7 +39,7 @@ async def test_what_a_custom_node_holds_past_the_unload_threshold_is_unloaded_in
     tmp_path: Path,
 ) -> None:
     held = ComfyUISettings(custom_node_bytes=2 * GIB)
-    async with running(World(12, comfyui_settings=held), tmp_path, **QUICK) as stack:
+    async with running(a_world(12, comfyui_settings=held), tmp_path, **QUICK) as stack:
         await stack.rendered()
         stack.world.ledger.claim("worker", stack.world.ledger.free_bytes - GIB // 4)
         await stack.until(EventType.FREE_ASKED)
@@ -55,7 +54,7 @@ async def test_what_a_custom_node_holds_past_the_unload_threshold_is_unloaded_in
 
 async def test_between_the_thresholds_the_node_cache_is_left_alone(tmp_path: Path) -> None:
     held = ComfyUISettings(custom_node_bytes=2 * GIB)
-    async with running(World(12, comfyui_settings=held), tmp_path, **QUICK) as stack:
+    async with running(a_world(12, comfyui_settings=held), tmp_path, **QUICK) as stack:
         await stack.rendered()
         stack.world.ledger.claim("worker", int(2.5 * GIB))
         await stack.until(EventType.FREE_ASKED)
@@ -68,7 +67,7 @@ async def test_between_the_thresholds_the_node_cache_is_left_alone(tmp_path: Pat
 
 
 async def test_an_artist_between_two_renders_does_not_pay_for_an_empty_room(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(a_world(12), tmp_path) as stack:
         stack.world.ledger.claim("desktop", 3 * GIB)
         await stack.rendered()
         await asyncio.sleep(300)
@@ -79,7 +78,7 @@ async def test_an_artist_between_two_renders_does_not_pay_for_an_empty_room(tmp_
 async def test_a_free_that_gives_nothing_back_is_said_once_and_not_repeated_until_comfyui_ran_again(
     tmp_path: Path,
 ) -> None:
-    async with running(World(12, mode="dynamic"), tmp_path, **QUICK) as stack:
+    async with running(a_world(12, mode="dynamic"), tmp_path, **QUICK) as stack:
         stack.world.ledger.claim("somebody else", int(9.5 * GIB))
         await stack.until(EventType.FREE_UNCONFIRMED)
         await asyncio.sleep(600)
@@ -91,7 +90,7 @@ async def test_a_free_that_gives_nothing_back_is_said_once_and_not_repeated_unti
 
 
 async def test_frees_keep_the_cooldown_between_them(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path, vram_free_cooldown=100.0, **QUICK) as stack:
+    async with running(a_world(12), tmp_path, vram_free_cooldown=100.0, **QUICK) as stack:
         for seed in range(5):
             await stack.rendered(seed=seed)
             stack.world.ledger.claim("worker", stack.world.ledger.free_bytes - GIB)
@@ -104,7 +103,7 @@ async def test_frees_keep_the_cooldown_between_them(tmp_path: Path) -> None:
 
 
 async def test_a_dead_worker_is_told_once(tmp_path: Path) -> None:
-    async with running(World(12), tmp_path) as stack:
+    async with running(a_world(12), tmp_path) as stack:
         stack.world.comfyui.dead_worker = True
         await stack.render()
         await asyncio.sleep(1500)

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.scenarios.stack import Stack, running
+from tests.scenarios.stack import Stack, a_world, running
 from vram_manager.domain.event import EventType
-from vram_manager.simulator.world import World
 
 Act: TypeAlias = tuple[float, str, int]
 
@@ -50,7 +49,7 @@ async def _quietly(call: object) -> None:
 def _spend(day: list[Act], mode: str, **changed: float) -> Stack:
     async def main() -> Stack:
         with tempfile.TemporaryDirectory() as directory:
-            async with running(World(12, mode=mode), Path(directory), **changed) as stack:
+            async with running(a_world(12, mode=mode), Path(directory), **changed) as stack:
                 await _live(stack, day)
         return stack
 
@@ -70,9 +69,11 @@ def test_no_free_is_posted_while_a_prompt_runs_or_waits_and_none_within_the_cool
         for at, event in stack.events
         if event.type is EventType.FREE_ASKED and "asked again" not in event.reason
     ]
-    for (earlier, _), (later, event) in itertools.pairwise(firsts):
-        escalated = "still used after the soft free" in event.reason
-        assert later - earlier >= (2.0 if escalated else 20.0)
+    for target in {event.target for _, event in firsts}:
+        of_target = [(at, event) for at, event in firsts if event.target == target]
+        for (earlier, _), (later, event) in itertools.pairwise(of_target):
+            escalated = "still used after the soft free" in event.reason
+            assert later - earlier >= (2.0 if escalated else 20.0)
     settled = stack.told(EventType.FREED, EventType.FREE_UNCONFIRMED)
     assert len(settled) == len(firsts)
     assert all((event.freed_bytes or 0) >= 0 for event in settled)

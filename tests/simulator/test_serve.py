@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from vram_manager.simulator.comfyui_executor import ComfyUISettings
+from vram_manager.simulator.comfyui_pictures import png
 from vram_manager.simulator.ledger import GIB, MIB, Ledger
 from vram_manager.simulator.ollama_runner import OllamaSettings
 from vram_manager.simulator.serve import control_app, mirrored, serve_world, serving
@@ -43,10 +45,13 @@ async def until(ledger, true):
 
 
 async def events(socket):
-    """All messages up to the end of a prompt."""
+    """All messages of text up to the end of a prompt."""
     seen = []
     while not seen or seen[-1] != ("executing", None):
-        message = json.loads(await socket.recv())
+        message = await socket.recv()
+        if isinstance(message, bytes):
+            continue
+        message = json.loads(message)
         seen.append((message["type"], message["data"].get("node")))
     return seen
 
@@ -91,6 +96,25 @@ async def test_a_second_socket_of_the_same_client_takes_over_its_messages():
             assert json.loads(await first.recv())["type"] == "status"  # its welcome, and then nothing more
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(first.recv(), 0.05)
+
+
+async def test_the_pictures_of_each_step_go_to_the_prompts_client_alone():
+    async with (
+        fast_world() as world,
+        serving(world.comfyui.app) as comfyui,
+        httpx.AsyncClient() as client,
+        connect(comfyui.replace("http", "ws") + "/ws?clientId=me") as owner,
+        connect(comfyui.replace("http", "ws") + "/ws?clientId=bystander") as bystander,
+    ):
+        await client.post(f"{comfyui}/prompt", json={"prompt": txt2img(steps=3), "client_id": "me"})
+        pictures = []
+        while len(pictures) < 3:
+            message = await owner.recv()
+            pictures += [message] if isinstance(message, bytes) else []
+        assert [struct.unpack(">II", picture[:8]) for picture in pictures] == [(1, 2)] * 3
+        assert [picture[8:] for picture in pictures] == [png(f"step {step}", 64) for step in (1, 2, 3)]
+        told = [await bystander.recv() for _ in range(4)]
+        assert [json.loads(message)["type"] for message in told] == ["status"] * 4
 
 
 async def test_a_foreign_origin_gets_no_websocket():

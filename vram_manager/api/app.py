@@ -25,6 +25,7 @@ from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
 from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
 from vram_manager.domain.decision import ManualFree
+from vram_manager.gateway.waiting import Waiter
 from vram_manager.journal import Entry, Journal, as_json
 from vram_manager.observer import Observer
 from vram_manager.workers import Workers
@@ -47,6 +48,7 @@ class Parts:
     metrics: Callable[[], bytes]
     admissions: AdmissionRoutes
     workers: Workers
+    held: Callable[[], tuple[Waiter, ...]]
 
 
 def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
@@ -114,7 +116,10 @@ class _Routes:
 
     async def snapshot(self, request: Request) -> Response:
         leases = self._parts.admissions.views()
-        return JSONResponse({**views.snapshot(self._parts.clock, self._parts.cycle), "leases": leases})
+        now = self._parts.clock.monotonic()
+        held = [views.waiter(one, now) for one in self._parts.held()]
+        seen = views.snapshot(self._parts.clock, self._parts.cycle)
+        return JSONResponse({**seen, "leases": leases, "held": held})
 
     async def decisions(self, request: Request) -> Response:
         limit = _number(request, "limit", default=50)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vram_manager import __version__
+from vram_manager.domain.demand import Kind
+from vram_manager.domain.event import EventType
 
 
 def _json(words: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ _EVENT = {
     "properties": {
         "id": {"type": "string"},
         "at": {"type": "string", "format": "date-time"},
-        "type": {"type": "string"},
+        "type": {"enum": [kind.value for kind in EventType]},
         "gpu": _nullable("string"),
         "target": _nullable("string"),
         "stage": {"enum": ["soft", "unload", None]},
@@ -170,7 +172,7 @@ _VERDICT = {
         "margin_bytes": {"type": "integer"},
         "available_bytes": _nullable("integer"),
         "shortfall_bytes": _nullable("integer"),
-        "reclaimable_bytes": {"type": "integer", "description": "What an idle ComfyUI could give back"},
+        "reclaimable_bytes": {"type": "integer", "description": "What idle tenants could give back"},
         "estimate_source": {"enum": ["request", "learned", "table", "files", "default"]},
         "estimate": {"type": "string"},
         "lease": {"type": ["object", "null"]},
@@ -207,6 +209,88 @@ _WAITING = {
         "priority": {"type": "string"},
         "waited_seconds": {"type": "number"},
         "eta_seconds": {"type": ["number", "null"], "description": "An estimate"},
+    },
+}
+_MODEL = {
+    "type": "object",
+    "required": ["name", "size_bytes", "size_vram_bytes", "cpu_ratio", "context_length", "expires_at", "requests"],
+    "properties": {
+        "name": {"type": "string"},
+        "digest": {"type": "string"},
+        "size_bytes": {"type": "integer"},
+        "size_vram_bytes": {"type": "integer"},
+        "cpu_ratio": {"type": ["number", "null"], "description": "The part on the CPU, 0 to 1"},
+        "context_length": _nullable("integer"),
+        "expires_at": {"type": ["string", "null"], "format": "date-time"},
+        "requests": {
+            "type": ["integer", "null"],
+            "description": "Under way through the gateway; null without one: Ollama itself does not say",
+        },
+    },
+}
+_OLLAMA = {
+    "type": ["object", "null"],
+    "required": ["state", "models"],
+    "properties": {
+        "state": {"enum": ["ok", "missing"]},
+        "why": {"type": "string"},
+        "version": _nullable("string"),
+        "age_seconds": {"type": "number"},
+        "models": {"type": ["array", "null"], "items": _MODEL},
+    },
+}
+_HELD = {
+    "type": "object",
+    "required": ["upstream", "what", "why", "waited_seconds"],
+    "properties": {
+        "upstream": {"enum": ["ollama", "comfyui"]},
+        "what": {"type": "string", "description": "The model, or a prompt"},
+        "why": {"type": "string"},
+        "waited_seconds": {"type": "number"},
+    },
+}
+_DEMAND = {
+    "type": "object",
+    "required": ["kind", "gpu", "need_free_bytes", "reason", "age_seconds"],
+    "properties": {
+        "kind": {"enum": [kind.name.lower() for kind in Kind]},
+        "gpu": _nullable("string"),
+        "need_free_bytes": {"type": "integer"},
+        "reason": {"type": "string"},
+        "age_seconds": {"type": "number"},
+    },
+}
+_SNAPSHOT = {
+    "type": "object",
+    "required": [
+        "taken_at",
+        "age_seconds",
+        "gpus",
+        "gpus_why",
+        "second_hand",
+        "ollama",
+        "comfyui",
+        "leases",
+        "demands",
+        "held",
+        "unreclaimable_bytes",
+        "settling",
+        "now",
+    ],
+    "properties": {
+        "taken_at": {"type": ["string", "null"], "format": "date-time"},
+        "age_seconds": _nullable("number"),
+        "gpus": {"type": "array", "items": {"type": "object", "required": ["index", "uuid", "name"]}},
+        "gpus_why": _nullable("string"),
+        "second_hand": {"type": "boolean", "description": "The GPU's numbers are ComfyUI's: NVML cannot be read"},
+        "ollama": _OLLAMA,
+        "comfyui": {"type": ["object", "null"]},
+        "leases": {"type": "array", "items": _LEASE},
+        "demands": {"type": "array", "description": "Who needs memory", "items": _DEMAND},
+        "held": {"type": "array", "description": "Calls that wait at a gateway now, oldest first", "items": _HELD},
+        "unreclaimable_bytes": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "settling": {"type": ["string", "null"], "description": "Why the free was asked whose proof is waited for"},
+        "now": {"type": ["string", "null"], "description": "The last decision in words"},
     },
 }
 _ONE_LEASE = {"type": "object", "required": ["lease"], "properties": {"lease": _LEASE}}
@@ -459,7 +543,7 @@ DOCUMENT: dict[str, Any] = {
                 )
             },
         ),
-        "/v1/snapshot": _get("Everything that was seen at the last turn", {"200": _json("The snapshot")}),
+        "/v1/snapshot": _get("Everything that was seen at the last turn", {"200": _json("The snapshot", _SNAPSHOT)}),
         "/v1/events": _get(
             "What happened; with Accept: text/event-stream it goes on as it happens",
             {"200": _json("Events, oldest first", _list("events", _EVENT)), "422": _json("Bad query", _ERROR)},

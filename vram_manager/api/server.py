@@ -218,7 +218,10 @@ def _bound(path: Path) -> socket.socket:
 def tcp_socket(host: str, port: int) -> socket.socket:
     """A bound TCP socket. Raises SettingsError naming the variables when the address cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # Accepted sockets inherit it; asyncio sets it only where the protocol is named, and here it is not.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"VRAM_HTTP_HOST={host} VRAM_HTTP_PORT={port}: cannot be listened on ({error})") from error
 

@@ -11,6 +11,7 @@ from vram_manager.cycle import Cycle
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
 from vram_manager.domain.size import MIB
 from vram_manager.domain.snapshot import Gpu, GpuMemory, LoadedModel, Snapshot
+from vram_manager.gateway.waiting import Waiter
 from vram_manager.journal import DecisionEntry, rfc3339
 from vram_manager.observer import Observer
 from vram_manager.policy.accounting import gpus_seen
@@ -138,6 +139,16 @@ def snapshot(clock: Clock, cycle: Cycle) -> dict[str, Any]:
     }
 
 
+def waiter(waiter: Waiter, now: float) -> dict[str, Any]:
+    """One call that a gateway holds."""
+    return {
+        "upstream": waiter.upstream,
+        "what": waiter.what,
+        "why": waiter.why,
+        "waited_seconds": round(now - waiter.since, 1),
+    }
+
+
 def _known(value: object) -> Any:
     return None if isinstance(value, Missing) else value
 
@@ -203,6 +214,7 @@ def _model(model: LoadedModel) -> dict[str, Any]:
         "cpu_ratio": None if isinstance(model.cpu_ratio, Missing) else round(model.cpu_ratio, 4),
         "context_length": model.context_length,
         "expires_at": model.expires_at.isoformat() if model.expires_at else None,
+        "requests": model.requests,
     }
 
 

@@ -16,7 +16,7 @@ from vram_manager.domain.snapshot import ComfyUIState, OllamaState
 
 
 class Ollama(Protocol):
-    """Lists and unloads models. Every call may raise SensorError."""
+    """Lists, loads and unloads models. Every call may raise SensorError."""
 
     async def models(self) -> OllamaState:
         """The loaded models and the server's version; `active_at` is left for the observer to fill."""
@@ -34,6 +34,10 @@ class Ollama(Protocol):
         """Ollama has agreed to unload `model` after its running requests. The memory is not free yet."""
         ...
 
+    async def load(self, model: str, *, context: int | None, keep_alive_seconds: float | None) -> None:
+        """`model` is loaded; that may take minutes. None leaves context (tokens) or keep_alive (inf: forever) to it."""
+        ...
+
     async def aclose(self) -> None:
         """No connection is left open."""
         ...
@@ -48,6 +52,10 @@ class ComfyUI(Protocol):
 
     async def queue_remaining(self) -> int:
         """How many prompts are running or pending."""
+        ...
+
+    async def prompts(self) -> tuple[object, ...]:
+        """The workflows of running, then pending prompts in the order of their turn, at most the first 20."""
         ...
 
     def statuses(self) -> AsyncIterator[int]:

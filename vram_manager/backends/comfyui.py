@@ -10,6 +10,7 @@ from uuid import uuid4
 from vram_manager.backends.comfyui_replies import (
     parse_model_sizes,
     parse_prompt,
+    parse_prompts,
     parse_queue,
     parse_status,
     parse_system_stats,
@@ -53,6 +54,10 @@ class HttpComfyUI:
             if error.status not in (404, 405):
                 raise
         return await self._client.get("/queue", parse_queue, deadline=_DEADLINE_SECONDS)
+
+    async def prompts(self) -> tuple[object, ...]:
+        """The workflows that `GET /queue` carries, as they are: whoever reads them checks what they hold."""
+        return await self._client.get("/queue", parse_prompts, deadline=_DEADLINE_SECONDS)
 
     async def statuses(self) -> AsyncGenerator[int, None]:
         """Each `queue_remaining` that is pushed, the first on connecting (server.py:websocket_handler).

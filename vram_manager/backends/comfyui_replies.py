@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from vram_manager.backends.shape import Amount, Name, Shape, shaped
 from vram_manager.domain.reading import Missing
@@ -13,6 +14,7 @@ from vram_manager.domain.snapshot import ComfyUIState, TorchDevice
 from vram_manager.errors import Rejected
 
 _MIB: Final = 1024 * 1024
+_PROMPTS_AT_MOST: Final = 20  # each holds some 100 kB of workflow, and only what comes next matters
 # model_management.py:get_total_memory: here the numbers are RAM (cpu, mps) or a constant 1 GiB (DirectML).
 _NO_VRAM: Final = frozenset({"cpu", "mps", "privateuseone"})
 
@@ -70,6 +72,26 @@ class _Prompt(Shape):
 class _Queue(Shape):
     queue_running: list[object]
     queue_pending: list[object]
+
+
+def _named(item: object) -> object:
+    """An item is a list: number, prompt_id, workflow, and more with every year."""
+    return {"number": item[0], "workflow": item[2]} if isinstance(item, list) and len(item) > 2 else item
+
+
+class _Numbered(Shape):
+    number: float
+    workflow: object
+
+
+_Item = Annotated[_Numbered, BeforeValidator(_named)]
+
+
+class _Workflows(Shape):
+    """execution.py:PromptQueue.get_current_queue."""
+
+    queue_running: list[_Item]
+    queue_pending: list[_Item]
 
 
 class _Status(Shape):
@@ -133,6 +155,16 @@ def parse_queue(document: object) -> int:
     """Running + pending prompts in a `GET /queue` reply, which carries whole workflows."""
     queue = shaped(_Queue, document)
     return len(queue.queue_running) + len(queue.queue_pending)
+
+
+def parse_prompts(document: object) -> tuple[object, ...]:
+    """The workflows of a `GET /queue` reply: running ones, then pending ones by their number, 20 at most.
+
+    The pending ones come as a heap, so their order in the reply is not the order of their turn.
+    """
+    queue = shaped(_Workflows, document)
+    pending = sorted(queue.queue_pending, key=attrgetter("number"))
+    return tuple(item.workflow for item in [*queue.queue_running, *pending][:_PROMPTS_AT_MOST])
 
 
 def parse_model_sizes(document: object) -> dict[str, int]:

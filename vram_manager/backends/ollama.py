@@ -6,12 +6,12 @@ import asyncio
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from math import prod
+from math import isinf, prod
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
-from vram_manager.backends.http import JsonClient
+from vram_manager.backends.http import HttpStatus, JsonClient
 from vram_manager.backends.shape import Amount, Name, Shape, shaped
 from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.reading import Missing
@@ -25,7 +25,8 @@ _UNLOAD_SECONDS: Final = 15.0  # it answers at once, except while the MLX runner
 _LIBRARY_SECONDS: Final = 5.0  # /api/tags and /api/show read files and take no lock
 _VERSION_SECONDS: Final = 5.0  # a constant string: server/routes.go, no lock
 _VERSION_AGE_SECONDS: Final = 600.0  # an upgrade is usually noticed sooner: the restart fails a reading
-
+# 330 s: it gives up by itself when a load makes no progress for 5 min (OLLAMA_LOAD_TIMEOUT), and says why.
+_LOAD_SECONDS: Final = 330.0
 
 # Elements and bytes of a block of each tensor type (ggml.c: type_traits). A type that is not here is not counted.
 _BLOCKS: Final = {
@@ -56,6 +57,10 @@ _BLOCKS: Final = {
 }
 _PROJECTOR_VALUE_BYTES: Final = 2  # projectors come in f16
 _NUM_CTX = re.compile(r"^num_ctx\s+([0-9]{1,9})$", re.MULTILINE)
+_NUM_GPU = re.compile(r"^num_gpu\s+([0-9]{1,9})$", re.MULTILINE)  # negative: left to Ollama
+# The first FROM is the model, a further one its projector (server/images.go:Model.String).
+_FROM = re.compile(r"^FROM\s+(.+)$", re.MULTILINE)
+_BLOB = re.compile(r"sha256[-:]([0-9a-f]{64})(?![0-9a-f])")
 
 
 def _moment(text: object) -> datetime | None:
@@ -140,6 +145,7 @@ class _Tensor(Shape):
 class _Shown(Shape):
     """api/types.go:ShowResponse. `tensors` came with v0.6.1; models that are no GGUF have little of this."""
 
+    modelfile: str | None = None
     parameters: str | None = None
     model_info: dict[str, object] | None = None
     projector_info: dict[str, object] | None = None
@@ -184,6 +190,9 @@ def parse_show(document: object) -> ModelFacts:
     own = f"{general.architecture}."
     model = shaped(_Architecture, {key.removeprefix(own): info[key] for key in info if key.startswith(own)})
     num_ctx = _NUM_CTX.search(shown.parameters or "")
+    num_gpu = _NUM_GPU.search(shown.parameters or "")
+    source = _FROM.search(shown.modelfile or "")
+    blob = _BLOB.search(source[1]) if source else None
     return ModelFacts(
         architecture=general.architecture,
         weights_bytes=_weights_bytes(shown, general.parameter_count),
@@ -197,7 +206,9 @@ def parse_show(document: object) -> ModelFacts:
         layer_pattern=model.layer_pattern,
         trained_context=model.context_length or None,
         asked_context=(int(num_ctx[1]) or None) if num_ctx else None,
+        asked_num_gpu=int(num_gpu[1]) if num_gpu else None,
         has_projector=bool(shown.projector_info),
+        blob=blob[1] if blob else None,
     )
 
 
@@ -260,6 +271,24 @@ class HttpOllama:
         if all(loaded.name != model for loaded in await self._loaded()):
             raise Rejected(f"{model}: not in GET /api/ps, so there is nothing to unload")
         await self._client.post("/api/generate", {"model": model, "keep_alive": 0}, deadline=_UNLOAD_SECONDS)
+
+    async def load(self, model: str, *, context: int | None, keep_alive_seconds: float | None) -> None:
+        """`model` is loaded, with `context` tokens and kept so long after its last use; None is left to Ollama.
+
+        A request without a prompt only loads (server/routes.go:GenerateHandler); a model that only embeds
+        refuses that, and loads for no input. A keep_alive of 0 is not sent: it would be an unload.
+        """
+        body: dict[str, object] = {"model": model}
+        if keep_alive_seconds:
+            body["keep_alive"] = -1 if isinf(keep_alive_seconds) else keep_alive_seconds
+        if context is not None:
+            body["options"] = {"num_ctx": context}
+        try:
+            await self._client.post("/api/generate", body, deadline=_LOAD_SECONDS)
+        except HttpStatus as error:
+            if error.status != 400 or not error.why.endswith("does not support generate"):
+                raise
+            await self._client.post("/api/embed", body, deadline=_LOAD_SECONDS)
 
     async def aclose(self) -> None:
         """No connection is left open."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -38,4 +39,20 @@ class UnloadModel:
         return f"ollama:{self.model}"
 
 
-Action: TypeAlias = FreeComfyUI | UnloadModel
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadModel:
+    """Ask Ollama to load one model again as it was: `context` in tokens, None for the server's own default.
+
+    It is kept until `expires_at`; None: for as long as the server keeps models by itself.
+    """
+
+    model: str
+    context: int | None
+    expires_at: datetime | None
+
+    @property
+    def target(self) -> str:
+        return f"ollama:{self.model}"
+
+
+Action: TypeAlias = FreeComfyUI | UnloadModel | LoadModel

@@ -30,7 +30,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManualFree:
-    """A person's wish for a free now. `force` outweighs a busy queue, the cooldown and a small hold."""
+    """A wish for a free now, by a person unless `reason` says whose. `force` outweighs a busy queue, the cooldown and
+    a small hold."""
 
     action: Action
     force: bool
+    reason: str = "asked by hand"

@@ -32,7 +32,8 @@ class Estimate:
     """How much memory something will need.
 
     `subject` is what the peak is remembered under afterwards (None: nothing to learn), `words` says where the
-    number comes from, `names` are the models or files it is about. `digest` is that of an Ollama model.
+    number comes from, `names` are the models or files it is about. `digest` is that of an Ollama model, `context`
+    what its user asks for (None: the server's own).
     """
 
     size: Size
@@ -41,6 +42,7 @@ class Estimate:
     words: str = ""
     names: tuple[str, ...] = ()
     digest: str | None = None
+    context: int | None = None
 
     @property
     def for_ollama(self) -> bool:
@@ -54,7 +56,9 @@ class Request:
 
     `gpu` is a UUID or an index, None for the best. `wait_seconds` None waits only as long as making room takes.
     `for_comfyui` is memory that ComfyUI's process will take, not the owner's. `pid` is the process that will
-    hold the memory, as this process sees it; None where it cannot be seen.
+    hold the memory, as this process sees it; None where it cannot be seen. `at_gateway`: a call that a gateway keeps
+    back for a while; Ollama and ComfyUI take turns in these, and in the end they go on whatever the answer.
+    `afresh`: its model may be gone before it is used, so that it is loaded by now does not count.
     """
 
     id: str
@@ -69,6 +73,8 @@ class Request:
     dry_run: bool = False
     for_comfyui: bool = False
     pid: int | None = None
+    at_gateway: bool = False
+    afresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ class ModelFacts:
     `weights_bytes` is what its tensors and its projector take on a GPU, where that can be told exactly.
     Lengths of keys and values are per head, windows and contexts in tokens, `asked_context` is the model's own
     num_ctx. `layer_pattern`: every so many layers one sees the whole context, the others only the window.
+    `blob` is the digest (64 hex digits) of the file with its weights: names that share it share one runner.
+    `asked_num_gpu` is how many layers the model itself wants on the GPU; None also where that is left to Ollama.
     """
 
     architecture: str
@@ -34,7 +36,9 @@ class ModelFacts:
     layer_pattern: int | None = None
     trained_context: int | None = None
     asked_context: int | None = None
+    asked_num_gpu: int | None = None
     has_projector: bool = False
+    blob: str | None = None
 
     @property
     def hides_memory(self) -> bool:

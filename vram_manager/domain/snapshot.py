@@ -78,7 +78,13 @@ class Gpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """One entry of Ollama's `/api/ps`. Its split between GPU and CPU is final: Ollama never re-balances."""
+    """One entry of Ollama's `/api/ps`. Its split between GPU and CPU is final: Ollama never re-balances.
+
+    `since` is when this load was first seen (None: it was there before us), `active_at` when it was last seen to
+    be used: its expiry moved, or a request through the gateway ended. `requests` is how many the gateway has under
+    way with it, None without a gateway: Ollama itself never tells whether a model is busy. `held` is how many wait
+    there for it. `free_after_bytes` was free on the only GPU when this load was first seen.
+    """
 
     name: str
     digest: str
@@ -86,6 +92,11 @@ class LoadedModel:
     size_vram_bytes: int
     context_length: int | None
     expires_at: datetime | None
+    since: float | None = None
+    active_at: float | None = None
+    requests: int | None = None
+    held: int = 0
+    free_after_bytes: int | None = None
 
     @property
     def cpu_ratio(self) -> float | Missing:
@@ -178,7 +189,9 @@ class Snapshot:
 
     `asks` are demands made of the daemon itself: admissions in line, hard limits. `leased_bytes` is what was
     promised on each GPU and is not yet visible there; under None, what was promised when no GPU could be told.
-    `workers_bytes` is what of those promises does show.
+    `workers_bytes` is what of those promises does show, `reserved_bytes` the part of `leased_bytes` that is kept for
+    a model that is away to be loaded anew. `reachable_bytes` is the most that could be had on each GPU just now, were
+    every tenant to give way.
     """
 
     taken_at: float
@@ -189,6 +202,8 @@ class Snapshot:
     asks: tuple[Demand, ...] = ()
     leased_bytes: Mapping[str | None, int] = field(default_factory=dict)
     workers_bytes: Mapping[str | None, int] = field(default_factory=dict)
+    reserved_bytes: Mapping[str | None, int] = field(default_factory=dict)
+    reachable_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def leased_on(self, uuid: str) -> int:
         """What of the GPU's free memory is promised already."""

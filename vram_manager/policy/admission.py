@@ -16,9 +16,11 @@ from itertools import takewhile
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.lease import Alternative, Book, Lease, Priority, Request, Source, Ticket, Verdict
 from vram_manager.domain.reading import Missing, Seen
-from vram_manager.domain.size import GIB, gib
-from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, Snapshot
-from vram_manager.policy.accounting import Hold, can_use, comfyui_gpu, comfyui_hold, gpus_seen, named
+from vram_manager.domain.size import GIB, MIB, gib
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, Snapshot
+from vram_manager.policy.accounting import Hold, can_use, comfyui_gpu, comfyui_hold, gpus_seen, named, ollama_bytes
+from vram_manager.policy.estimate import canonical
+from vram_manager.policy.evict import in_use, ollama_gpu
 from vram_manager.policy.leases import loaded
 from vram_manager.policy.plan import first_stage
 from vram_manager.policy.rules import Rules
@@ -29,6 +31,8 @@ AGEING_SECONDS = 60.0
 OVERTAKING_SECONDS = 30.0
 # A model that is kept for longer than this is not waited for.
 FAR_SECONDS = 86_400.0
+# What several tenants hold in sum is never known to the byte.
+SLACK_BYTES = 256 * MIB
 # From the request to the proof of a free of an idle ComfyUI, as a rule.
 FREE_SECONDS = 3.0
 
@@ -74,11 +78,11 @@ def judge(
     gpus = gpus_seen(snapshot)
     if isinstance(gpus, Missing):
         return _blind(request, rules, gpus.why)
-    if (name := loaded(request.estimate, snapshot)) is not None:
+    if not request.afresh and (name := loaded(request.estimate, snapshot)) is not None:
         return Verdict(admitted=True, reason=f"{name} is wholly on the GPU already", required_bytes=0)
     if (unknown := unknown_gpu(request, snapshot)) is not None:
         return _or_dry_run(request, rules, Verdict(admitted=False, hopeless=True, reason=unknown))
-    rooms = _rooms(request, snapshot, gpus, rules)
+    rooms = _rooms(request, snapshot, gpus, book, rules)
     if isinstance(rooms, Missing):
         return _blind(request, rules, rooms.why)
     verdict = _judged(request, rooms, snapshot, gpus, book, rules, kept or {}, pace or Pace(), utcnow)
@@ -140,7 +144,7 @@ def _blind(request: Request, rules: Rules, why: str) -> Verdict:
     return _or_dry_run(request, rules, replace(verdict, admitted=False, reason=reason))
 
 
-def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> list[_Room] | Missing:
+def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Rules) -> list[_Room] | Missing:
     candidates = list(gpus.gpus)
     comfyui = snapshot.comfyui.value if isinstance(snapshot.comfyui, Seen) else None
     theirs = comfyui_gpu(comfyui, gpus, rules) if comfyui is not None else Missing("ComfyUI cannot be read")
@@ -159,26 +163,67 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> li
             continue
         held = _comfyui_on(gpu, snapshot, gpus, rules)
         hold = 0 if held is None else held.bytes
-        sure = 0 if held is None or held.expected_bytes is None else held.bytes
         idle = isinstance(snapshot.queue, Seen) and snapshot.queue.value.idle
-        available = max(0, gpu.memory.free_bytes - snapshot.leased_on(gpu.uuid))
+        leased = snapshot.leased_on(gpu.uuid)
+        own = _own_bytes(request, snapshot)
+        if request.for_comfyui:
+            # ComfyUI makes room for its own next prompt: what it holds, and what was promised to its last one, is
+            # there for it already. What is only perhaps ComfyUI's is promised to nobody, but holds up no prompt.
+            sure = held is not None and held.expected_bytes is not None
+            # Its own numbers may be older than NVML's: what is free by now is not in use as well.
+            others = ollama_bytes(snapshot, gpus, gpu, rules)
+            rest = gpu.memory.taken_bytes - (others if isinstance(others, int) else 0)
+            own = min(hold, max(0, rest)) if sure or request.at_gateway else 0
+            leased -= _promised_to_comfyui(book, gpu)
+        available = max(0, gpu.memory.free_bytes - leased)
         required = request.estimate.size.on(gpu.memory.usable_bytes)
         if request.for_comfyui and request.estimate.source is Source.FILES:
             # It loads its files in turns where they do not fit together: it never needs more than the card.
             required = min(required, max(0, gpu.memory.usable_bytes - request.margin_bytes))
+        if request.at_gateway:
+            # It goes on in the end: with as much as can be had, where all of it cannot.
+            # The most of the last seconds, as what is on its way from one to another is in nobody's numbers.
+            now = _reach(gpu, gpu.memory, hold, snapshot, gpus, book, rules)
+            most = max(now, snapshot.reachable_bytes.get(gpu.uuid, 0))
+            required = max(0, min(required, most - SLACK_BYTES - request.margin_bytes))
         rooms.append(
             _Room(
                 gpu=gpu,
                 memory=gpu.memory,
                 required_bytes=required,
                 need_bytes=required + request.margin_bytes,
-                # ComfyUI makes room for its own next prompt: what it holds is there for it already.
-                available_bytes=available + (sure if request.for_comfyui else 0),
-                reclaimable_bytes=hold if idle and not request.for_comfyui else 0,
+                available_bytes=available + own,
+                reclaimable_bytes=(hold if idle and not request.for_comfyui else 0)
+                + _idle_models_bytes(request, gpu, snapshot, gpus, rules),
             )
         )
     causes = [f"GPU {gpu.index}: {gpu.memory.why}" for gpu in candidates if isinstance(gpu.memory, Missing)]
     return rooms or Missing("; ".join(causes))
+
+
+def _promised_to_comfyui(book: Book, gpu: Gpu) -> int:
+    return sum(one.outstanding_bytes for one in book.leases.values() if one.for_comfyui and one.gpu == gpu.uuid)
+
+
+def _own_bytes(request: Request, snapshot: Snapshot) -> int:
+    """What Ollama lets go of before it loads the same model anew: its present load."""
+    if not request.estimate.for_ollama or not isinstance(snapshot.ollama, Seen):
+        return 0
+    models = snapshot.ollama.value.models
+    return sum(model.size_vram_bytes for model in models if model.digest == request.estimate.digest)
+
+
+def _idle_models_bytes(request: Request, gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> int:
+    """What Ollama's idle models on `gpu` would give back if they were asked to leave."""
+    if not rules.evict or not isinstance(snapshot.ollama, Seen) or ollama_gpu(gpus, rules) is not gpu:
+        return 0
+    return sum(
+        model.size_vram_bytes
+        for model in snapshot.ollama.value.models
+        if canonical(model.name) not in rules.pinned
+        and model.digest != request.estimate.digest
+        and in_use(model, snapshot.taken_at, 0.0) is None
+    )
 
 
 def _comfyui_on(gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> Hold | None:
@@ -401,7 +446,7 @@ def whose_turn(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Ticket, Ve
     kept: dict[str, str] = {}
     gpus = gpus_seen(snapshot)
     for ticket in in_order(book, snapshot.taken_at):
-        if not _stays(ticket.request, snapshot, gpus, kept, rules):
+        if not _stays(ticket.request, snapshot, gpus, kept, book, rules):
             verdict = judge(ticket.request, snapshot, book, rules, kept=kept)
             if verdict.admitted or verdict.hopeless:
                 return ticket, verdict
@@ -409,11 +454,13 @@ def whose_turn(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Ticket, Ve
     return None
 
 
-def _stays(request: Request, snapshot: Snapshot, gpus: Gpus | Missing, kept: Mapping[str, str], rules: Rules) -> bool:
+def _stays(
+    request: Request, snapshot: Snapshot, gpus: Gpus | Missing, kept: Mapping[str, str], book: Book, rules: Rules
+) -> bool:
     """Nothing but room could help it, and there is none: the short way to a verdict whose words nobody will read."""
     if not rules.enabled or rules.dry_run or request.dry_run or isinstance(gpus, Missing):
         return False
-    rooms = _rooms(request, snapshot, gpus, rules)
+    rooms = _rooms(request, snapshot, gpus, book, rules)
     if isinstance(rooms, Missing) or loaded(request.estimate, snapshot) is not None:
         return False
     possible = any(room.need_bytes <= room.memory.usable_bytes for room in rooms)
@@ -437,9 +484,9 @@ def _kept_for(ticket: Ticket, snapshot: Snapshot, book: Book, rules: Rules) -> d
     """The GPUs whose free memory is kept for this one: it has waited long, and waiting will help it."""
     request, waited = ticket.request, snapshot.taken_at - ticket.since
     gpus = gpus_seen(snapshot)
-    if waited < OVERTAKING_SECONDS or isinstance(gpus, Missing):
+    if waited < overtaking_seconds(request, rules) or isinstance(gpus, Missing):
         return {}
-    rooms = _rooms(request, snapshot, gpus, rules)
+    rooms = _rooms(request, snapshot, gpus, book, rules)
     kept = {}
     for room in () if isinstance(rooms, Missing) else rooms:
         if room.need_bytes <= _in_reach(room, snapshot, gpus, book, rules):
@@ -452,10 +499,35 @@ def _in_reach(room: _Room, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Ru
     """What could become available there once leases end and tenants give way; what nobody accounts for stays."""
     held = _comfyui_on(room.gpu, snapshot, gpus, rules)
     own = 0 if held is None else held.bytes
-    if isinstance(snapshot.ollama, Seen) and can_use(room.gpu, gpus, rules):
+    return _reach(room.gpu, room.memory, own, snapshot, gpus, book, rules)
+
+
+def reachable(snapshot: Snapshot, book: Book, rules: Rules) -> dict[str, int]:
+    """What could be had on each GPU by now, were every tenant to give way."""
+    gpus = gpus_seen(snapshot)
+    found: dict[str, int] = {}
+    if isinstance(gpus, Missing):
+        return found
+    for gpu in gpus.gpus:
+        if isinstance(gpu.memory, GpuMemory):
+            held = _comfyui_on(gpu, snapshot, gpus, rules)
+            hold = 0 if held is None else held.bytes
+            found[gpu.uuid] = _reach(gpu, gpu.memory, hold, snapshot, gpus, book, rules)
+    return found
+
+
+def _reach(
+    gpu: Gpu, memory: GpuMemory, comfyui_bytes: int, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Rules
+) -> int:
+    own = comfyui_bytes
+    if isinstance(snapshot.ollama, Seen) and can_use(gpu, gpus, rules):
         own += sum(model.size_vram_bytes for model in snapshot.ollama.value.models)
-    own += sum(lease.visible_bytes for lease in book.leases.values() if lease.gpu == room.gpu.uuid)
-    return room.memory.free_bytes + min(own, room.memory.taken_bytes)
+    for lease in book.leases.values():
+        if lease.gpu == gpu.uuid:
+            # While a model or a prompt loads, only its promise tells whose memory that is.
+            tenants = lease.for_comfyui or lease.estimate.for_ollama
+            own += lease.outstanding_bytes if tenants else lease.visible_bytes
+    return memory.free_bytes + min(own, memory.taken_bytes)
 
 
 def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
@@ -468,12 +540,12 @@ def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
         if len(asks) == len(gpus.gpus):
             break
         request = ticket.request
-        rooms = _rooms(request, snapshot, gpus, rules)
-        # ComfyUI makes room for its own prompts: asking it to would only cost it a reload.
-        if isinstance(rooms, Missing) or request.for_comfyui:
+        rooms = _rooms(request, snapshot, gpus, book, rules)
+        if isinstance(rooms, Missing):
             continue
         gpu = rooms[0].gpu.uuid if len(rooms) == 1 else None
-        need = min(room.need_bytes for room in rooms)
+        # What is free beside all promises must grow by what is missing: its own is there for it without that.
+        need = min(_free(room, snapshot) + room.shortfall_bytes for room in rooms)
         asks.setdefault(
             gpu,
             Demand(
@@ -485,9 +557,45 @@ def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
                 since=ticket.since,
                 last_seen_at=snapshot.taken_at,
                 patient=request.priority is Priority.BATCH,
+                for_comfyui=request.for_comfyui,
+                model=request.estimate.digest if request.estimate.for_ollama else None,
             ),
         )
     return tuple(asks.values())
+
+
+def _free(room: _Room, snapshot: Snapshot) -> int:
+    return room.memory.free_bytes - snapshot.leased_on(room.gpu.uuid)
+
+
+def overtaking_seconds(request: Request, rules: Rules) -> float:
+    """For how long others may go before this one while it waits: Ollama and ComfyUI take turns, workers share."""
+    if not request.at_gateway:
+        return OVERTAKING_SECONDS
+    return rules.image_turn_seconds if request.for_comfyui else rules.chat_turn_seconds
+
+
+def gives_way(model: LoadedModel, book: Book, snapshot: Snapshot, rules: Rules) -> str | None:
+    """Who has waited so long for what `model` holds that it should serve nobody new before they had it; None: nobody.
+
+    Else a stream of chats would keep it in use for ever.
+    """
+    gpus = gpus_seen(snapshot)
+    if not rules.evict or canonical(model.name) in rules.pinned or isinstance(gpus, Missing):
+        return None
+    gpu = ollama_gpu(gpus, rules)
+    for ticket in in_order(book, snapshot.taken_at):
+        request, waited = ticket.request, snapshot.taken_at - ticket.since
+        if waited < overtaking_seconds(request, rules) or request.estimate.digest == model.digest:
+            continue
+        rooms = _rooms(request, snapshot, gpus, book, rules)
+        room = None if isinstance(rooms, Missing) else next((one for one in rooms if one.gpu is gpu), None)
+        if room is None or room.shortfall_bytes == 0 or room.need_bytes > _in_reach(room, snapshot, gpus, book, rules):
+            continue
+        others = room.reclaimable_bytes - (0 if model.requests else model.size_vram_bytes)
+        if others < room.shortfall_bytes:
+            return f"{request.owner} has waited {_seconds(waited)} for the room of {model.name}"
+    return None
 
 
 def lease_of(request: Request, verdict: Verdict, lease_id: str, now: float) -> Lease:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vram_manager.domain.decision import Decision
+from vram_manager.domain.demand import Kind
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import GpuMemory, Gpus
 from vram_manager.policy.rules import Rules
@@ -20,7 +21,8 @@ def beat_seconds(decision: Decision, gpus: Gpus | Missing, rules: Rules) -> floa
         return FAST_SECONDS
     beat = rules.interval_seconds
     if decision.watch.demands:
-        beat = min(beat, 1.0)
+        waits = any(demand.kind is Kind.WAITING for demand in decision.watch.demands.values())
+        beat = min(beat, FAST_SECONDS if waits else 1.0)
     if decision.look_again_seconds is not None:
         beat = min(beat, max(FAST_SECONDS, decision.look_again_seconds))
     fill_rate = decision.watch.fill_rate_bytes_per_second

@@ -13,6 +13,7 @@ from vram_manager.domain.size import MIB, gib
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.policy.accounting import can_use
+from vram_manager.policy.estimate import canonical
 from vram_manager.policy.pressure import limit_bytes
 from vram_manager.policy.rules import Rules
 
@@ -30,6 +31,16 @@ def placement(model: LoadedModel) -> str:
         case ratio if ratio > 0:
             return f"{max(1, round(ratio * 100))} % CPU"
     return "100 % GPU"
+
+
+def is_called(model: LoadedModel, wanted: str) -> bool:
+    """Whether `wanted`, a name or a digest, is `model`."""
+    return bool(wanted) and (wanted == model.digest or canonical(wanted) == canonical(model.name))
+
+
+def same(one: LoadedModel, other: LoadedModel) -> bool:
+    """The same model: Ollama lists it under the name it was loaded by, and answers to all of them."""
+    return is_called(one, other.name) or is_called(one, other.digest)
 
 
 def fallback_key(model: LoadedModel) -> str:
@@ -77,7 +88,8 @@ def notice(snapshot: Snapshot, watch: Watch) -> tuple[Watch, list[Event]]:
                     models=(model.name,),
                 )
             )
-    return replace(watch, models=names, fallbacks=frozenset(fallbacks)), events
+    since = {key: watch.fallbacks.get(key, snapshot.taken_at) for key in fallbacks}
+    return replace(watch, models=names, fallbacks=since), events
 
 
 def on_cpu(model: LoadedModel) -> bool:
@@ -103,7 +115,7 @@ def collect(snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> dict[
         for model in ollama.models:
             if on_cpu(model) and not _gpu_may_be_lost(model, gpus):
                 key = fallback_key(model)
-                alive[key] = _fallback(model, ollama, watch.demands.get(key), now, rules)
+                alive[key] = fallback(model, ollama, watch.fallbacks.get(key, now), now, rules)
     alive |= {demand.key: demand for demand in snapshot.asks}
     for gpu in gpus.gpus:
         state = watch.pressure.get(gpu.uuid)
@@ -131,7 +143,8 @@ def _gpu_may_be_lost(model: LoadedModel, gpus: Gpus) -> bool:
     return gpus.second_hand and model.size_vram_bytes == 0
 
 
-def _fallback(model: LoadedModel, ollama: OllamaState, known: Demand | None, now: float, rules: Rules) -> Demand:
+def fallback(model: LoadedModel, ollama: OllamaState, since: float, now: float, rules: Rules) -> Demand:
+    """What `model`, which has been on the CPU in part `since` then, would need to be wholly on the GPU."""
     context_bytes = 0 if model.size_vram_bytes else rules.context_bytes
     return Demand(
         kind=Kind.FALLBACK,
@@ -139,8 +152,9 @@ def _fallback(model: LoadedModel, ollama: OllamaState, known: Demand | None, now
         gpu=None,
         need_free_bytes=missing_bytes(model, ollama.version) + context_bytes + rules.fit_margin_bytes,
         reason=f"{model.name} is {placement(model).removesuffix(' CPU')} on CPU",
-        since=known.since if known else now,
+        since=since,
         last_seen_at=now,
+        model=model.name,
     )
 
 
@@ -156,7 +170,8 @@ def met(demand: Demand, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> bool:
 
 def may_use(demand: Demand, gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:
     """Whether memory on `gpu` would help: Ollama's models go where Ollama may, a worker takes any."""
-    return demand.kind is not Kind.FALLBACK or can_use(gpu, gpus, rules)
+    of_ollama = demand.kind in (Kind.FALLBACK, Kind.WARM_BACK) or demand.model is not None
+    return not of_ollama or can_use(gpu, gpus, rules)
 
 
 def disagreement(snapshot: Snapshot) -> str | None:

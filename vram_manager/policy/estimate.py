@@ -18,7 +18,6 @@ DEFAULT_KEY: Final = "default"
 _COMPUTE_BYTES: Final = GIB // 2
 # A projector computes in 10-250 MiB of its own, depending on the size of the picture.
 _PROJECTOR_COMPUTE_BYTES: Final = 250 * MIB
-_KV_VALUE_BYTES: Final = 2  # f16, Ollama's default; OLLAMA_KV_CACHE_TYPE is in no reply
 _CELLS_STEP: Final = 256  # llama.cpp pads the cells of a cache to this
 _BATCH: Final = 512  # n_ubatch: a sliding window holds one batch beside the window
 
@@ -31,8 +30,11 @@ _CONTEXT_TIERS: Final = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
 # ComfyUI keeps this much free of weights whatever it computes (model_management.py: minimum_inference_memory).
 _WORKING_FLOOR_BYTES: Final = 8 * GIB // 10
 # MiB for each latent cell: 2 prompts x 2 bytes x 0.01 x factor (model_base.py:memory_required). The factor is of
-# Flux (3.1), among the largest of comfy/supported_models.py; decoding needs more, but goes on in tiles where it must.
+# Flux (3.1), among the largest of comfy/supported_models.py.
 _WORKING_BYTES_PER_CELL: Final = 2 * 2 * 0.01 * 3.1 * MIB
+# Bytes for each cell of a picture that a VAE decodes in 16 bits (sd.py:VAE). In tiles it would do with less, but it
+# takes all of this where it is free, also where somebody else is about to load.
+_DECODING_BYTES_PER_CELL: Final = 2178 * 64 * 2
 
 
 def bounded(size_bytes: float) -> int:
@@ -89,22 +91,22 @@ def default_context(total_bytes: int | None) -> int:
 
 
 def model_bytes(facts: ModelFacts, context: int, *, file_bytes: int, rules: Rules) -> int:
-    """What a model will hold on one GPU, wholly offloaded and with one slot: weights, KV cache and the rest.
+    """What a model will hold on one GPU, wholly offloaded: weights, the KV cache of every slot, and the rest.
 
     It is 5-10 % off for ordinary models. Recurrent layers count as attention, so a hybrid needs less than this.
     """
     weights = file_bytes if facts.weights_bytes is None else facts.weights_bytes
     rest = _COMPUTE_BYTES + rules.context_bytes + (_PROJECTOR_COMPUTE_BYTES if facts.has_projector else 0)
-    return bounded(weights + _kv_bytes(facts, context) + rest)
+    return bounded(weights + _kv_bytes(facts, context * rules.ollama_parallel, rules.kv_value_bytes) + rest)
 
 
-def _kv_bytes(facts: ModelFacts, context: int) -> int:
+def _kv_bytes(facts: ModelFacts, context: int, value_bytes: float) -> int:
     """Keys and values of every layer; none for a model without attention, whose state is small and fixed."""
     heads = facts.heads or 0
     head_length = (facts.embedding_length or 0) // max(1, heads)
     length = (facts.key_length or head_length) + (facts.value_length or head_length)
     # Where layers differ in their heads, /api/show leaves them out: as many as there are queries is the most.
-    cell_bytes = (heads if facts.kv_heads is None else facts.kv_heads) * length * _KV_VALUE_BYTES
+    cell_bytes = int((heads if facts.kv_heads is None else facts.kv_heads) * length * value_bytes)
     layers = facts.layers or 0
     cells = _padded(context)
     pattern = facts.layer_pattern or _LAYER_PATTERNS.get(facts.architecture)
@@ -119,9 +121,10 @@ def _padded(cells: int) -> int:
     return -(-cells // _CELLS_STEP) * _CELLS_STEP
 
 
-def workflow_bytes(weights_bytes: int, latent_cells: int) -> int:
+def workflow_bytes(weights_bytes: int, latent_cells: int, decoded_cells: int = 0) -> int:
     """What ComfyUI will hold for a workflow with room for all of it: its files, and what the sampler works with.
 
     With less room it loads in stages and works more slowly, so this is no least amount.
     """
-    return bounded(weights_bytes + max(_WORKING_FLOOR_BYTES, latent_cells * _WORKING_BYTES_PER_CELL))
+    sampling, decoding = latent_cells * _WORKING_BYTES_PER_CELL, decoded_cells * _DECODING_BYTES_PER_CELL
+    return bounded(weights_bytes + max(_WORKING_FLOOR_BYTES, sampling, decoding))

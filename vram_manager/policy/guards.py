@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.snapshot import Queue
 from vram_manager.policy.rules import Rules
 
@@ -56,12 +57,38 @@ def spacing(target: str, posted_at: Mapping[str, float], seconds: float, now: fl
     )
 
 
-def budget(frees_at: tuple[float, ...], now: float, rules: Rules) -> Hold | None:
+def turn_seconds(demand: Demand | None, rules: Rules) -> float | None:
+    """How long one who waits in line leaves the GPU to those who have it; None: nobody waits in line."""
+    if demand is None or demand.kind is not Kind.WAITING:
+        return None
+    return rules.image_turn_seconds if demand.for_comfyui else rules.chat_turn_seconds
+
+
+def pressing(demand: Demand, now: float, rules: Rules) -> bool:
+    """Somebody has waited so long that the side in possession must let them in at its next pause."""
+    turn = turn_seconds(demand, rules)
+    return turn is not None and now - demand.since >= turn
+
+
+def cooldown(
+    target: str, posted_at: Mapping[str, float], demand: Demand | None, now: float, rules: Rules
+) -> Hold | None:
+    """The pause between two asks of one target. It keeps nobody in line waiting beyond their turn."""
+    seconds, last = rules.cooldown_seconds, posted_at.get(target)
+    turn = turn_seconds(demand, rules)
+    if demand is not None and turn is not None and last is not None:
+        seconds = max(rules.post_spacing_seconds, min(seconds, demand.since + turn - last))
+    return spacing(target, posted_at, seconds, now, "cooldown")
+
+
+def budget(frees_at: tuple[float, ...], now: float, rules: Rules, *, waiting: bool) -> Hold | None:
+    """The swaps of an hour. Where somebody waits in line each swap serves them, so there is more to spend."""
+    most = rules.max_waited_frees_per_hour if waiting else rules.max_frees_per_hour
     recent = [at for at in frees_at if now - at < HOUR_SECONDS]
-    if len(recent) < rules.max_frees_per_hour:
+    if len(recent) < most:
         return None
     return Hold(
         branch="5 budget",
-        why=f"{len(recent)} frees within the hour: more would be ping-pong",
-        again_seconds=HOUR_SECONDS - (now - recent[0]) if recent else None,
+        why=f"{len(recent)} swaps within the hour, {most} at most: more would be ping-pong",
+        again_seconds=HOUR_SECONDS - (now - recent[-most]) if most > 0 else None,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from vram_manager.domain.lease import Book, Estimate, Lease
 from vram_manager.domain.reading import Missing, Seen
-from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, ProcessMemory, Snapshot
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, ProcessMemory, Snapshot
 from vram_manager.policy.accounting import (
     Certainty,
     comfyui_gpu,
@@ -190,7 +190,13 @@ def loaded(estimate: Estimate, snapshot: Snapshot) -> str | None:
     if not estimate.for_ollama or not isinstance(snapshot.ollama, Seen):
         return None
     models = snapshot.ollama.value.models
-    return next((one.name for one in models if one.digest == estimate.digest and one.cpu_ratio == 0.0), None)
+    return next((one.name for one in models if serves(one, estimate) and one.cpu_ratio == 0.0), None)
+
+
+def serves(model: LoadedModel, estimate: Estimate) -> bool:
+    """Whether a request of that kind is answered by `model` as it is: another context would load it anew."""
+    same_context = estimate.context is None or model.context_length in (None, estimate.context)
+    return model.digest == estimate.digest and same_context
 
 
 def _on(

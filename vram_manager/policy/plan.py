@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vram_manager.domain.action import FreeComfyUI, Stage
+from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
 from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.reading import Missing, Off
 from vram_manager.domain.size import gib
@@ -15,6 +16,10 @@ from vram_manager.policy.accounting import Hold as Held
 from vram_manager.policy.accounting import can_use, comfyui_gpu, comfyui_hold, named, nothing_new
 from vram_manager.policy.guards import Hold
 from vram_manager.policy.rules import Rules
+
+_NOTHING: Mapping[str, int] = {}
+# Who would not be helped by half of it.
+_WAITED_FOR = (Kind.WAITING, Kind.FALLBACK, Kind.WARM_BACK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +68,25 @@ def first_stage(comfyui: ComfyUIState) -> Stage:
     return Stage.UNLOAD if comfyui.has_flag("--highvram", "--gpu-only") else Stage.SOFT
 
 
-def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules) -> Proposal | Hold:
-    """What to ask of ComfyUI for `demand`."""
+def words(action: Action) -> str:
+    """The action, as reasons name it."""
+    if isinstance(action, FreeComfyUI):
+        return "a soft free" if action.stage is Stage.SOFT else "the unload stage"
+    return f"unloading {action.model}" if isinstance(action, UnloadModel) else f"loading {action.model}"
+
+
+def plan(
+    demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Rules, more_bytes: Mapping[str, int] = _NOTHING
+) -> Proposal | Hold:
+    """What to ask of ComfyUI for `demand`; `more_bytes` could come from others on a GPU beside."""
+    if demand.for_comfyui:
+        return Hold(branch="4 itself", why="ComfyUI makes room in its own memory by itself")
     target = comfyui_target(snapshot, gpus, rules)
     if isinstance(target, Hold):
         return target
     if demand.gpu is not None and demand.gpu != target.gpu.uuid:
         return Hold(branch="4 other GPU", why=f"ComfyUI is on GPU {target.gpu.index}, which would not help")
-    if demand.kind is Kind.FALLBACK and not can_use(target.gpu, gpus, rules):
+    if (demand.kind is Kind.FALLBACK or demand.model) and not can_use(target.gpu, gpus, rules):
         why = f"ComfyUI is on GPU {target.gpu.index}, Ollama is not"
         if named(gpus, rules.ollama_gpu or "") is None:
             why = f"OLLAMA_GPU={rules.ollama_gpu} is none of the GPUs seen here"
@@ -81,7 +97,7 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
         return Hold(branch="4 unreclaimable", why="ComfyUI has not run since it was last freed: nothing more to give")
     proposal = Proposal(action=FreeComfyUI(stage=stage), target=target, held=held)
     too_little = held.bytes < rules.min_reclaim_bytes
-    vain = demand.kind in (Kind.WAITING, Kind.FALLBACK) and would_not_fit(demand, snapshot, proposal)
+    vain = demand.kind in _WAITED_FOR and would_not_fit(demand, snapshot, proposal, more_bytes)
     if held.unseen is not None and (too_little or vain):
         remedy = f" ({held.unseen.remedy})" if held.unseen.remedy else ""
         why = f"what ComfyUI holds beyond {gib(held.bytes)} cannot be told: Ollama cannot be read: {held.unseen.why}"
@@ -92,16 +108,19 @@ def plan(demand: Demand, snapshot: Snapshot, gpus: Gpus, watch: Watch, rules: Ru
         return Hold(
             branch="4 would not fit",
             why=f"would not fit even after a free: needs {gib(demand.need_free_bytes)} free, "
-            f"{gib(target.memory.free_bytes)} are and ComfyUI holds {gib(held.bytes)} ({held.certainty})",
+            f"{gib(_available(target, snapshot))} are and ComfyUI holds {gib(held.bytes)} ({held.certainty})",
         )
     return proposal
 
 
-def would_not_fit(demand: Demand, snapshot: Snapshot, proposal: Proposal) -> bool:
-    """Even if everything came back that `proposal` could give, beside what is promised to others."""
-    target = proposal.target
-    free_bytes = target.memory.free_bytes - snapshot.leased_on(target.gpu.uuid)
-    return free_bytes + proposal.held.bytes < demand.need_free_bytes
+def would_not_fit(demand: Demand, snapshot: Snapshot, proposal: Proposal, more_bytes: Mapping[str, int]) -> bool:
+    """Even if everything came back that `proposal` could give and others beside, without what is promised."""
+    more = more_bytes.get(proposal.target.gpu.uuid, 0)
+    return _available(proposal.target, snapshot) + proposal.held.bytes + more < demand.need_free_bytes
+
+
+def _available(target: Target, snapshot: Snapshot) -> int:
+    return target.memory.free_bytes - snapshot.leased_on(target.gpu.uuid)
 
 
 def harder(snapshot: Snapshot, target: Target, lesson: Lesson | None, rules: Rules) -> Proposal | None:
@@ -113,9 +132,16 @@ def harder(snapshot: Snapshot, target: Target, lesson: Lesson | None, rules: Rul
 
 
 def why_not_now(
-    proposal: Proposal, idle_seconds: float, now: float, watch: Watch, rules: Rules, *, first: bool
+    proposal: Proposal,
+    idle_seconds: float,
+    now: float,
+    watch: Watch,
+    rules: Rules,
+    *,
+    first: bool,
+    demand: Demand | None = None,
 ) -> Hold | None:
-    """The first guard that holds `proposal` back. The unload stage of an episode has no cooldown of its own."""
+    """The first guard that holds `proposal` back from `demand`. The unload stage of an episode has no cooldown."""
     queue = proposal.target.queue
     name = proposal.action.target
     if held := guards.switched_off(rules) or guards.busy(queue):
@@ -125,6 +151,6 @@ def why_not_now(
     return (
         guards.not_idle_long_enough(queue, idle_seconds, now)
         or guards.spacing(name, watch.posted_at, rules.post_spacing_seconds, now, "spacing")
-        or guards.spacing(name, watch.posted_at, rules.cooldown_seconds, now, "cooldown")
-        or guards.budget(watch.frees_at, now, rules)
+        or guards.cooldown(name, watch.posted_at, demand, now, rules)
+        or guards.budget(watch.frees_at, now, rules, waiting=demand is not None and demand.kind is Kind.WAITING)
     )

@@ -31,6 +31,30 @@ class Rules:
     """An idle ComfyUI acts within 0.7 s and returns the memory within about a second of that."""
     max_frees_per_hour: int = 40
     """A budget against ping-pong: at the default cooldown it bites only when every free is undone at once."""
+    max_waited_frees_per_hour: int = 240
+    """The same where somebody waits in line: one for each 15 s, what the cooldowns of two sides leave."""
+    evict: bool = True
+    """Ollama's idle models give way to ComfyUI, to workers and to each other."""
+    pinned: frozenset[str] = frozenset()
+    """Models that never do, by the name that Ollama compares (`estimate.canonical`)."""
+    min_residency_seconds: float = 5.0
+    """A model that was just loaded stays this long, so that a pause between two chats does not cost a reload."""
+    model_idle_seconds: float = 2.0
+    """Without a request through the gateway for this long a model is idle; who asks in a loop is back sooner."""
+    unseen_idle_seconds: float = 5.0
+    """The same without a gateway, where only the end of a request can be seen."""
+    chat_turn_seconds: float = 10.0
+    """A chat that has waited this long is let in before further prompts."""
+    image_turn_seconds: float = 10.0
+    """A prompt that has waited this long is let in before further chats with the models in its way."""
+    repair: bool = True
+    """Models that fell to the CPU are loaded again once there is room."""
+    max_repairs_per_hour: int = 3
+    """Of one model: each costs its users a reload."""
+    repair_backoff_seconds: float = 60.0
+    """After a repair that failed; doubled with each."""
+    warm_back: bool = False
+    """The last model that made room for ComfyUI comes back when ComfyUI's queue has drained."""
     fallback_ttl_seconds: float = 60.0
     """A model that left before room could be made is likely to come back: its demand lives on this long."""
     fit_margin_bytes: int = GIB
@@ -55,5 +79,9 @@ class Rules:
     soft_limit_seconds: float = 30.0
     leak_threshold_bytes: int = 100 * MIB
     leak_generations: int = 100
+    ollama_parallel: int = 1
+    """Slots of each model, OLLAMA_NUM_PARALLEL: each has a KV cache of its own. In no reply of Ollama's."""
+    kv_value_bytes: float = 2.0
+    """Bytes of one value in that cache: f16, unless OLLAMA_KV_CACHE_TYPE says otherwise. In no reply either."""
     enabled: bool = True
     dry_run: bool = False

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from vram_manager.domain.action import FreeComfyUI, UnloadModel
+from vram_manager.domain.action import FreeComfyUI, LoadModel, Stage, UnloadModel
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import GpuMemory, Snapshot
 from vram_manager.domain.watch import Asked, Pending, Refused, Watch
 from vram_manager.policy.accounting import gpus_read_at, gpus_seen
+from vram_manager.policy.demands import is_called, same
+from vram_manager.policy.repair import counted
 from vram_manager.policy.rules import Rules
 
 # Of what was expected, this much is proof; Ollama waits for the same share (server/sched.go:waitForVRAMRecovery).
 PROOF_SHARE = 0.75
 # Memory comes back in steps; the sum is told once no step has followed for this long.
 QUIET_SECONDS = 0.5
+# Steps below this are noise: the page size in which DynamicVRAM gives back.
+STEP_BYTES = 2**25
 # Less than expected has come and nothing follows: the rest is held by something that cannot be freed.
 QUIET_SHORT_SECONDS = 3.0
 
@@ -36,7 +40,10 @@ class Repost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """It is over: `freed_bytes` came back within `took_seconds`, or `why` says what is known instead."""
+    """It is over: `freed_bytes` came back within `took_seconds`, or `why` says what is known instead.
+
+    `listed` is whether Ollama still lists a model that was to leave; None: it could not be read since.
+    """
 
     pending: Pending
     proven: bool
@@ -44,6 +51,7 @@ class Settled:
     took_seconds: float
     used_percent_after: float | None
     why: str
+    listed: bool | None = False
 
 
 Outcome: TypeAlias = Waiting | Repost | Settled
@@ -54,6 +62,8 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
     asked_at, posted_at = pending.asked_at, pending.posted_at
     if asked_at is None or posted_at is None:
         return Waiting(pending=pending)
+    if isinstance(pending.action, LoadModel):
+        return _loaded(pending, pending.action.model, asked_at, snapshot, rules)
     now = snapshot.taken_at
     memory = _memory_since(asked_at, pending.gpu, snapshot)
     listed = _still_listed(pending, asked_at, snapshot)
@@ -61,7 +71,7 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
     if pending.gpu is None and listed is False:
         # Ollama does not say on which of several GPUs its model was: its word is all there is.
         rose = Seen(pending.expected_bytes or 0, now)
-    if rose.value > pending.rose_bytes + 2**25:  # 32 MiB: the page size DynamicVRAM gives back in
+    if rose.value > pending.rose_bytes + STEP_BYTES:
         pending = replace(pending, rose_bytes=rose.value, rose_at=rose.at)
     used_after = memory.value.used_percent if memory else None
     quiet_for = now - pending.rose_at if pending.rose_at is not None else 0.0
@@ -70,7 +80,15 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
     waited = now - asked_at
     over = waited >= rules.settle_timeout_seconds
     quiet = quiet_for >= (QUIET_SECONDS if enough else QUIET_SHORT_SECONDS) and not _holder_unread(pending, snapshot)
-    nothing_to_come = isinstance(pending.action, UnloadModel) and pending.expected_bytes == 0
+    expected = pending.expected_bytes
+    rested = memory is not None and isinstance(snapshot.comfyui, Seen) and _rested(pending, posted_at, snapshot)
+    # ComfyUI tidies up by itself for 10 s after a prompt: some came back, and yet the flag may have been lost. After
+    # a soft free that was not enough the unload stage follows anyway.
+    last = isinstance(pending.action, FreeComfyUI) and pending.action.stage is Stage.UNLOAD
+    short = expected is not None and not enough and expected - pending.rose_bytes >= rules.min_reclaim_bytes
+    if last and some and short and quiet and pending.posts == 1 and rested and not over:
+        return Repost(pending=pending)
+    nothing_to_come = isinstance(pending.action, UnloadModel) and expected is not None and expected <= STEP_BYTES
     if listed is False and (nothing_to_come or (some and (quiet or over))):
         return Settled(
             pending=pending,
@@ -88,11 +106,34 @@ def settle(pending: Pending, snapshot: Snapshot, rules: Rules) -> Outcome:
             took_seconds=waited,
             used_percent_after=used_after,
             why=_why_not(pending, snapshot, memory, listed),
+            listed=listed,
         )
     lost = not some and pending.posts == 1 and now - posted_at >= rules.repost_after_seconds
-    if lost and memory is not None and isinstance(snapshot.comfyui, Seen) and _rested(pending, posted_at, snapshot):
+    if lost and rested:
         return Repost(pending=pending)
     return Waiting(pending=pending)
+
+
+def _loaded(pending: Pending, model: str, answered_at: float, snapshot: Snapshot, rules: Rules) -> Outcome:
+    """A load is answered when it is over: what is left is to see where the model went, and what room that left."""
+    waited = snapshot.taken_at - answered_at
+    found, why = False, "loaded, and Ollama could not be read since"
+    if isinstance(snapshot.ollama, Seen) and snapshot.ollama.at > answered_at:
+        known = pending.model
+        models = snapshot.ollama.value.models
+        found = any(is_called(one, model) or (known is not None and same(one, known)) for one in models)
+        why = "" if found else "loaded, and not listed any more"
+    read = found and _memory_since(answered_at, pending.gpu, snapshot) is not None
+    if not read and waited < rules.settle_timeout_seconds:
+        return Waiting(pending=pending)
+    return Settled(
+        pending=pending,
+        proven=found,
+        freed_bytes=0,
+        took_seconds=waited,
+        used_percent_after=None,
+        why=why,
+    )
 
 
 def _rested(pending: Pending, since: float, snapshot: Snapshot) -> bool:
@@ -194,7 +235,10 @@ def asked(watch: Watch, report: Asked, snapshot: Snapshot, action_id: str) -> Wa
         watch,
         pending=pending,
         posted_at={**watch.posted_at, pending.action.target: report.at},
-        frees_at=(*(at for at in watch.frees_at if report.at - at < 3600), report.at),
+        # A load gives nothing back: the swap it belongs to was counted with the free before it.
+        frees_at=watch.frees_at
+        if isinstance(pending.action, LoadModel)
+        else (*(at for at in watch.frees_at if report.at - at < 3600), report.at),
     )
 
 
@@ -215,5 +259,17 @@ def refused(watch: Watch, report: Refused) -> Watch:
     pending = watch.pending
     if pending is None:
         return watch
-    posted_at = {**watch.posted_at, pending.action.target: report.at} if report.tried else watch.posted_at
-    return replace(watch, pending=None, episode=None, posted_at=posted_at)
+    action, mending = pending.action, watch.mending
+    mended = mending is not None and action.target == f"ollama:{mending.model.name}"
+    if mending is not None and report.tried and mended and isinstance(action, UnloadModel):
+        watch = counted(mending, report.at, watch)
+    if report.tried or mended:
+        watch = replace(watch, posted_at={**watch.posted_at, action.target: report.at})
+    return replace(
+        watch,
+        pending=None,
+        episode=None,
+        # A model that was to be mended stays where it is, or is left to its next request.
+        mending=None if mended else mending,
+        made_room=None if isinstance(action, LoadModel) else watch.made_room,
+    )

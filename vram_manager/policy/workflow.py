@@ -73,18 +73,25 @@ class LoaderFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowFacts:
-    """What can be told from a workflow: its loader files, and the cells of its largest latent (0: not told)."""
+    """What can be told from a workflow: its loader files, and the cells of its largest latent (0: not told).
+
+    `decoded_cells` are those of one picture that a VAE decodes in a piece: of several one after the other.
+    """
 
     files: frozenset[LoaderFile] = frozenset()
     latent_cells: int = 0
+    decoded_cells: int = 0
 
 
 def workflow_facts(workflow: object) -> WorkflowFacts:
     """What the nodes that will run tell. `workflow` is a prompt in API format, or a body that holds one."""
     nodes = _nodes_that_run(_nodes(workflow))
     files = sorted({file for node in nodes for file in _files(node)}, key=_order)
+    decodes = any(_class_of(node) == "VAEDecode" for node in nodes)
     return WorkflowFacts(
-        files=frozenset(files[:_FILES_LIMIT]), latent_cells=max((_latent_cells(node) for node in nodes), default=0)
+        files=frozenset(files[:_FILES_LIMIT]),
+        latent_cells=max((_latent_cells(node) for node in nodes), default=0),
+        decoded_cells=max((_picture_cells(node) for node in nodes), default=0) if decodes else 0,
     )
 
 
@@ -185,6 +192,15 @@ def _latent_cells(node: Node) -> int:
     width, height = (_whole(inputs.get(side), _SIDE_LIMIT) for side in ("width", "height"))
     batch, frames = (_whole(inputs.get(count), _COUNT_LIMIT) or 1 for count in ("batch_size", "length"))
     return (width // 8) * (height // 8) * batch * ((frames - 1) // 4 + 1)
+
+
+def _picture_cells(node: Node) -> int:
+    """Cells of one picture of a node that makes latents of pictures; videos are decoded piece by piece."""
+    inputs = node["inputs"]
+    if "batch_size" not in inputs or "length" in inputs:
+        return 0
+    width, height = (_whole(inputs.get(side), _SIDE_LIMIT) for side in ("width", "height"))
+    return (width // 8) * (height // 8)
 
 
 def _whole(value: object, most: int) -> int:

@@ -20,11 +20,15 @@ the CPU/GPU split is decided at load and never again; 1 GiB of margin or a layer
 admitted by the free memory of the moment the first was loaded; a model is in `/api/ps` only once loaded;
 `size_vram` leaves out the CUDA context, the projector and, for sliding-window models, most of the cache;
 `keep_alive: 0` answers before anything is free; `/api/ps` waits for unloads; `expires_at` may be past;
-a new num_ctx or num_gpu reloads; a lost GPU means CPU without a word; a queue that hangs (`scheduler.hang`).
+a new num_ctx or num_gpu reloads; a lost GPU means CPU without a word; a queue that hangs (`scheduler.hang`);
+tags over the same weights share one runner, listed under the tag that loaded first; a foreign Origin is a 403,
+and with `loopback` a foreign Host too. The clients of Ollama, OpenAI and Anthropic work with it unchanged.
+`ollama.asked` and `ollama.served` record every request and on what it ran.
 
 Quirks of ComfyUI it has: `/free` answers before anything is done, acts between prompts and can be lost;
 `{"unload_models": false, "free_memory": true}` is the hardest body; every reply stalls during the garbage
 collection that follows; torch's cache stays up to 10 s after a prompt; `vram_free` counts it as free;
 DynamicVRAM weights are in no torch number and an idle ComfyUI never gives way; under `--highvram` unloading
-frees no diffusion weights; memory held by custom nodes; a dead worker behind a healthy HTTP server.
+frees no diffusion weights; memory held by custom nodes; a dead worker behind a healthy HTTP server; pictures
+of each step over the websocket. `comfyui.accepted` records every prompt.
 """

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,20 +11,28 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from vram_manager.simulator.comfyui_executor import ComfyUICounters, ComfyUISettings, Executor
-from vram_manager.simulator.comfyui_files import Invalid, ModelFile, error, validate
+from vram_manager.simulator.comfyui_files import Invalid, ModelFile, error, object_info, validate
 from vram_manager.simulator.comfyui_gate import Gate, Trouble, not_routed, object_of, trouble
 from vram_manager.simulator.comfyui_memory import ComfyUIMemory, Mode
+from vram_manager.simulator.comfyui_pictures import Pictures
 from vram_manager.simulator.comfyui_queue import PromptQueue, QueueItem
+from vram_manager.simulator.comfyui_sockets import Sockets
 from vram_manager.simulator.comfyui_worker import Worker
 from vram_manager.simulator.ledger import GIB, Ledger
 
 RAM_BYTES = 64 * GIB
+REMEMBERED = 100_000
+"""Prompts of which a record is kept."""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>ComfyUI</title></head><body>A simulated ComfyUI</body></html>
+"""
 
 _ARGV: dict[Mode, list[str]] = {
     "legacy": ["main.py", "--listen", "--disable-dynamic-vram"],
@@ -43,8 +50,9 @@ _FEATURES_2026 = {
 
 
 class SimulatedComfyUI:
-    """`app` is the server; `memory`, `queue` and `counters` are the truth behind it.
+    """`app` is the server; `memory`, `queue`, `pictures` and `counters` are the truth behind it.
 
+    `accepted` has the id of every accepted prompt, in the order in which they were accepted.
     `dead_worker = True` leaves HTTP alive while nothing runs any more (ComfyUI issue 16312).
     Replies differ between the two versions they were checked against, 0.3.64 and 0.33.0; a version from
     0.20 on gets the latter's.
@@ -66,12 +74,14 @@ class SimulatedComfyUI:
         self.files = list(files)
         self.memory = ComfyUIMemory(ledger, mode, settings.context_bytes)
         self.queue = PromptQueue(self._queue_updated)
-        self.executor = Executor(self.memory, self.files, settings, self._send, utcnow)
+        self.pictures = Pictures()
+        self.accepted: deque[str] = deque(maxlen=REMEMBERED)
+        self._sockets = Sockets(self._status, self._feature_flags)
+        self.executor = Executor(self.memory, self.files, settings, self._sockets, self.pictures, utcnow)
         self._utcnow = utcnow
         self._is_2026 = tuple(int(part) for part in version.split(".")[:2]) >= (0, 20)
         self._posted = 0
-        self._sockets: dict[str, asyncio.Queue[dict[str, Any]]] = {}
-        self.worker = Worker(self.queue, self.executor, settings, self._send)
+        self.worker = Worker(self.queue, self.executor, settings, self._sockets.send)
         routes: list[tuple[str, Any, str]] = [
             ("/system_stats", self._system_stats, "GET"),
             ("/queue", self._get_queue, "GET"),
@@ -84,6 +94,10 @@ class SimulatedComfyUI:
             ("/history/{prompt_id}", self._history, "GET"),
             ("/features", self._features, "GET"),
             ("/experiment/models/{folder}", self._models, "GET"),
+            ("/object_info", self._object_info, "GET"),
+            ("/object_info/{node}", self._object_info, "GET"),
+            ("/upload/image", self.pictures.upload, "POST"),
+            ("/view", self.pictures.view, "GET"),
         ]
         starlette = Starlette(
             routes=[
@@ -91,6 +105,7 @@ class SimulatedComfyUI:
                 for prefix in ("", "/api")
                 for path, handler, method in routes
             ]
+            + [Route("/", self._page, methods=["GET"])]
             + [WebSocketRoute(prefix + "/ws", self._websocket) for prefix in ("", "/api")],
             exception_handlers={Trouble: trouble, HTTPException: not_routed},
         )
@@ -115,44 +130,13 @@ class SimulatedComfyUI:
     # -- sockets
 
     def _queue_updated(self) -> None:
-        self._send("status", self._status(), None)
+        self._sockets.send("status", self._status(), None)
 
     def _status(self) -> dict[str, Any]:
         return {"status": {"exec_info": {"queue_remaining": self.queue.remaining}}}
 
-    def _send(self, event: str, data: dict[str, Any], client_id: str | None) -> None:
-        message = {"type": event, "data": data}
-        if client_id is None:
-            for outbox in self._sockets.values():
-                outbox.put_nowait(message)
-        elif client_id in self._sockets:
-            self._sockets[client_id].put_nowait(message)
-
     async def _websocket(self, websocket: WebSocket) -> None:
-        """Every socket gets `status`, the newest one of a prompt's client the rest; there is no heartbeat."""
-        await websocket.accept()
-        sid = websocket.query_params.get("clientId") or uuid.uuid4().hex
-        outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._sockets[sid] = outbox
-        outbox.put_nowait({"type": "status", "data": self._status() | {"sid": sid}})
-        sender = asyncio.ensure_future(self._deliver(websocket, outbox))
-        try:
-            while True:
-                hello = json.loads(await websocket.receive_text())
-                if hello.get("type") == "feature_flags":
-                    outbox.put_nowait({"type": "feature_flags", "data": self._feature_flags()})
-        except (WebSocketDisconnect, ValueError):
-            pass
-        finally:
-            sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
-            self._sockets.pop(sid, None)  # also when a namesake has taken over: that one falls silent
-
-    async def _deliver(self, websocket: WebSocket, outbox: asyncio.Queue[dict[str, Any]]) -> None:
-        while True:
-            message = await outbox.get()
-            await self.worker.unstalled()
-            await websocket.send_text(json.dumps(message))
+        await self._sockets.serve(websocket, self.worker.unstalled)
 
     # -- routes
 
@@ -226,6 +210,7 @@ class SimulatedComfyUI:
         extra_data["create_time"] = int(self._utcnow().timestamp() * 1000)
         if body.get("front"):
             number = -number
+        self.accepted.append(prompt_id)
         self.queue.put(QueueItem(number, prompt_id, body["prompt"], extra_data, outputs))
         return JSONResponse({"prompt_id": prompt_id, "number": number, "node_errors": {}})
 
@@ -265,6 +250,12 @@ class SimulatedComfyUI:
         if self._is_2026:
             return _FEATURES_2026
         return {"supports_preview_metadata": True, "max_upload_size": 104857600}
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE)
+
+    async def _object_info(self, request: Request) -> Response:
+        return JSONResponse(object_info(self.files, request.path_params.get("node")))
 
     async def _models(self, request: Request) -> Response:
         folder = request.path_params["folder"]

@@ -19,8 +19,10 @@ from vram_manager.simulator.comfyui_files import (
     upstream,
 )
 from vram_manager.simulator.comfyui_memory import ComfyUIMemory, Weights
+from vram_manager.simulator.comfyui_pictures import Picture, Pictures, png
 from vram_manager.simulator.comfyui_queue import QueueItem
 from vram_manager.simulator.comfyui_run import Run
+from vram_manager.simulator.comfyui_sockets import Sockets
 from vram_manager.simulator.ledger import GIB, MIB, OutOfMemory
 
 UPLOAD_STEPS = 8
@@ -57,6 +59,7 @@ class ComfyUISettings:
     offload_slowdown: float = 4.0  # a step with no weight on the GPU takes 1 + this times as long
     context_bytes: int = 600 * MIB  # "just started (600 MB)", ollama issue 9926
     custom_node_bytes: int = 0  # held by node instances once a sampler ran; free_memory drops it
+    preview_pixels: int = 64  # side of the picture sent after each step (--preview-method); 0: none
     module_global_bytes: int = 0  # held in a module's global once a sampler ran; only a restart drops it
 
 
@@ -65,14 +68,15 @@ class Interrupted(Exception):
 
 
 class Executor:
-    """`send(event, data, client_id)` reaches one socket, or every socket when the client is None."""
+    """Works through prompts: the weights go to `memory`, what happens to `sockets`, what comes out to `pictures`."""
 
     def __init__(
         self,
         memory: ComfyUIMemory,
         files: Iterable[ModelFile],
         settings: ComfyUISettings,
-        send: Callable[[str, dict[str, Any], str | None], None],
+        sockets: Sockets,
+        pictures: Pictures,
         utcnow: Callable[[], datetime],
     ) -> None:
         self.memory = memory
@@ -80,7 +84,8 @@ class Executor:
         self.interrupted = False
         self._files = {(file.folder, file.name): file for file in files}
         self._settings = settings
-        self._send = send
+        self._sockets = sockets
+        self._pictures = pictures
         self._utcnow = utcnow
         self._outputs: dict[str, tuple[Any, ...]] = {}
         self._shown: dict[str, dict[str, Any]] = {}
@@ -94,7 +99,7 @@ class Executor:
         """Runs one prompt and returns its history entry; whatever goes wrong in a node ends up in there."""
         self.interrupted = False
         self.counters.prompts_run += 1
-        run = Run(item, self._send, self._utcnow)
+        run = Run(item, self._sockets.send, self._utcnow)
         order = [node_id for output in item.outputs for node_id in upstream(item.prompt, output)]
         order = list(dict.fromkeys(order))
         signatures = _signatures(item.prompt, order)
@@ -136,6 +141,7 @@ class Executor:
         if NODE_CLASSES[node["class_type"]].output:
             kind = "temp" if node["class_type"] == "PreviewImage" else "output"
             name = f"ComfyUI_{kind}_{self.counters.prompts_run:05d}_.png"
+            self._pictures.made.add(Picture(kind, "", name))
             self._shown[signatures[node_id]] = {"images": [{"filename": name, "subfolder": "", "type": kind}]}
             run.executed(node_id, self._shown[signatures[node_id]])
         run.finish(node_id)
@@ -234,6 +240,9 @@ class Executor:
                     self.memory.yield_pages()
                     await asyncio.sleep(self._slowed(self._settings.seconds_per_step, weights))
                     run.progress(node_id, step, steps)
+                    if self._settings.preview_pixels:
+                        picture = png(f"step {step}", self._settings.preview_pixels)
+                        self._sockets.send_preview(picture, run.client_id)
         finally:
             self.memory.release(working_bytes)
 

@@ -146,6 +146,26 @@ def validate(prompt: Workflow, files: Sequence[ModelFile], *, names_missing_node
     return Invalid(failed, node_errors)
 
 
+def object_info(files: Sequence[ModelFile], only: str | None = None) -> dict[str, Any]:
+    """GET /object_info: every node with its inputs, model files as a combo; GET /object_info/{node} only that one."""
+    return {
+        kind: {
+            "input": {
+                "required": {name: ["*", {}] for name in node.required}
+                | {name: [[file.name for file in files if file.folder == folder], {}] for name, folder in node.files}
+            },
+            "output": [],
+            "name": kind,
+            "display_name": kind,
+            "description": "",
+            "category": "simulated",
+            "output_node": node.output,
+        }
+        for kind, node in NODE_CLASSES.items()
+        if only in {None, kind}
+    }
+
+
 def _malformed(prompt: Workflow) -> bool:
     """Something is not a node, or a link leads nowhere."""
     if not isinstance(prompt, dict):

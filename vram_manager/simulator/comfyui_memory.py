@@ -63,6 +63,11 @@ class ComfyUIMemory:
         self._book()
 
     @property
+    def lasting_bytes(self) -> int:
+        """What no free gives back: the CUDA context and what custom nodes keep in module globals."""
+        return self._context_bytes + self.global_held_bytes
+
+    @property
     def weights_bytes(self) -> int:
         return sum(weights.gpu_bytes for weights in self.resident)
 

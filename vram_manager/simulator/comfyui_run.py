@@ -20,7 +20,7 @@ class Run:
     ) -> None:
         self.item = item
         self.done: list[str] = []
-        self._client_id: str | None = item.extra_data.get("client_id")
+        self.client_id: str | None = item.extra_data.get("client_id")
         self._send = send
         self._utcnow = utcnow
         self._messages: list[list[Any]] = []
@@ -81,8 +81,8 @@ class Run:
         return {"outputs": self._shown, "status": status | {"messages": self._messages}, "meta": meta}
 
     def _tell(self, event: str, data: dict[str, Any]) -> None:
-        if self._client_id is not None:
-            self._send(event, data, self._client_id)
+        if self.client_id is not None:
+            self._send(event, data, self.client_id)
 
     def _state(self, node_id: str, state: str, value: float, maximum: float) -> None:
         """progress_state goes to every socket when the prompt has no client."""
@@ -97,4 +97,4 @@ class Run:
             "real_node_id": node_id,
         }
         data = {"prompt_id": self.item.prompt_id, "nodes": dict(self._states)}
-        self._send("progress_state", data, self._client_id)
+        self._send("progress_state", data, self.client_id)

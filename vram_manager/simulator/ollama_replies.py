@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,11 +13,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from vram_manager.simulator.asgi import Disconnected, unless_disconnected
 from vram_manager.simulator.ollama_library import keep_alive_seconds
-from vram_manager.simulator.ollama_runner import LoadFailed, QueueFull, RunnerOptions
+from vram_manager.simulator.ollama_runner import RunnerOptions
 
 T = TypeVar("T")
-Lines: TypeAlias = AsyncGenerator[dict[str, Any], None]
+UNPACKED_LIMIT_BYTES = 20 * 1024 * 1024
+"""What a zstd body under /v1 may become."""
+
 _V1_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+_ANTHROPIC_ERROR_TYPES = _V1_ERROR_TYPES | {503: "overloaded_error"}
 
 
 class Refused(Exception):
@@ -29,7 +32,8 @@ class Refused(Exception):
         self.why = why
 
 
-def runner_options(options: dict[str, Any]) -> RunnerOptions:
+def runner_options(body: dict[str, Any]) -> RunnerOptions:
+    options = body.get("options") or {}
     return RunnerOptions(num_ctx=options.get("num_ctx"), num_gpu=options.get("num_gpu"))
 
 
@@ -44,6 +48,8 @@ async def body_of(request: Request) -> dict[str, Any]:
     raw = await request.body()
     if not raw:
         raise Refused(400, "missing request body")
+    if request.headers.get("content-encoding") == "zstd" and request.url.path.startswith("/v1/"):
+        raw = _unpacked(raw)
     try:
         body = json.loads(raw)
     except ValueError as error:
@@ -53,17 +59,32 @@ async def body_of(request: Request) -> dict[str, Any]:
     return body
 
 
-async def loaded(request: Request, lines: Lines) -> None:
-    """The model is loaded, or the reply says why not; a client that hangs up meanwhile aborts the load."""
+def _unpacked(packed: bytes) -> bytes:
+    """The content of a zstd body; a 400 when it is none, too large, or this Python has no zstandard."""
     try:
-        await unless_gone(request, anext(lines))
-    except QueueFull:
-        raise Refused(503, "server busy, please try again.  maximum pending requests exceeded") from None
-    except LoadFailed as error:
-        raise Refused(500, str(error)) from error
-    except BaseException:
-        await lines.aclose()
-        raise
+        zstandard = importlib.import_module("zstandard")
+    except ImportError as error:
+        raise Refused(400, "zstd is not installed in this simulator") from error
+    try:
+        content: bytes = zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+    except zstandard.ZstdError as error:
+        raise Refused(400, f"invalid zstd body: {error}") from error
+    if len(content) > UNPACKED_LIMIT_BYTES:
+        raise Refused(400, "http: request body too large")
+    return content
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """The beginning of the last text a body carries, wherever its endpoint has it."""
+    said = body.get("prompt") or body.get("input") or body.get("messages") or ""
+    while not isinstance(said, str):
+        if isinstance(said, list):
+            said = said[-1] if said else ""
+        elif isinstance(said, dict):
+            said = said.get("content") or said.get("text") or ""
+        else:
+            said = ""
+    return said[:200]
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -76,26 +97,13 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         raise Refused(499, "request canceled") from None
 
 
-async def ndjson(lines: Lines) -> AsyncGenerator[bytes, None]:
-    async with aclosing(lines):
-        async for line in lines:
-            yield json.dumps(line).encode() + b"\n"
-
-
-async def joined(lines: Lines, verb: str) -> dict[str, Any]:
-    """All lines as one reply: the text of every line, the numbers of the last."""
-    text, last = "", dict[str, Any]()
-    async for last in lines:
-        text += last["message"]["content"] if verb == "chat" else last["response"]
-    if verb == "chat":
-        last["message"]["content"] = text
-    else:
-        last["response"] = text
-    return last
-
-
 async def refusal(request: Request, error: Exception) -> Response:
+    """In the shape of the endpoint's family: Ollama's own, OpenAI's or Anthropic's."""
     assert isinstance(error, Refused)
+    if request.url.path.startswith("/v1/messages"):
+        kind = _ANTHROPIC_ERROR_TYPES.get(error.status, "api_error")
+        said = {"type": kind, "message": error.why}
+        return JSONResponse({"type": "error", "error": said, "request_id": "req_1"}, error.status)
     if request.url.path.startswith("/v1/"):
         kind = _V1_ERROR_TYPES.get(error.status, "api_error")
         v1 = {"message": error.why, "type": kind, "param": None, "code": None}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from vram_manager.simulator.ledger import GIB, MIB
 from vram_manager.simulator.ollama_library import OllamaModel
+
+MARGIN_BYTES = GIB
+"""llama.cpp offloads everything only if this much stays free (common/common.h: fit_params_target)."""
 
 
 class QueueFull(Exception):
@@ -30,6 +35,9 @@ class OllamaCounters:
     served_on_gpu: int = 0
     served_partially: int = 0
     served_on_cpu: int = 0
+    served_with_cpu_layers_that_would_have_fitted: int = 0
+    """Served by a runner with layers on the CPU though at its load all would have fitted on the card, beside
+    what could not have been moved. Never when the client or the model had set num_gpu."""
     tokens: int = 0
 
 
@@ -52,6 +60,7 @@ class Runner:
     free_at_load_bytes: int
     gpu_layers: int = 0
     projector_on_gpu: bool = False
+    would_have_fitted: bool = False
     ready: bool = False
     users: int = 0
     expire_asked: bool = False
@@ -67,7 +76,7 @@ class Runner:
 
     @property
     def all_layers(self) -> int:
-        return self.model.layers + 1  # the output layer is offloaded like one more
+        return self.model.all_layers
 
     @property
     def gpu_ratio(self) -> float:
@@ -85,6 +94,33 @@ class Runner:
     @property
     def size_bytes(self) -> int:
         return self.model.need_bytes(self.num_ctx) - self.model.swa_undercount_bytes
+
+
+class Split(NamedTuple):
+    """Where a model goes."""
+
+    gpu_layers: int
+    projector_on_gpu: bool
+
+
+def split(model: OllamaModel, num_ctx: int, num_gpu: int | None, free_bytes: int) -> Split:
+    """All layers if the margin stays free beside them, else as many as fit; with `num_gpu` exactly that many.
+
+    `free_bytes` is without the runner's own CUDA context, which is there before it looks.
+    """
+    if num_gpu == 0 or free_bytes < 0:
+        return Split(0, projector_on_gpu=False)
+    need_bytes = model.need_bytes(num_ctx)
+    projector_on_gpu = 0 < model.projector_bytes <= free_bytes - MARGIN_BYTES
+    margin_bytes = MARGIN_BYTES + (model.projector_bytes if projector_on_gpu else 0)
+    if num_gpu is not None:  # set by the user: no fit, exactly that many or a failure
+        layers = min(num_gpu, model.all_layers)
+    elif free_bytes - need_bytes >= margin_bytes:
+        layers = model.all_layers
+    else:
+        fitting = math.floor((free_bytes - margin_bytes) / (need_bytes / model.all_layers))
+        layers = max(0, min(fitting, model.all_layers - 1))
+    return Split(layers, projector_on_gpu=projector_on_gpu and layers > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 
-from vram_manager.simulator.ledger import GIB, Ledger, OutOfMemory
+from vram_manager.simulator.ledger import Ledger, OutOfMemory
 from vram_manager.simulator.ollama_library import FOREVER, OllamaModel
 from vram_manager.simulator.ollama_runner import (
     LoadFailed,
@@ -26,10 +26,8 @@ from vram_manager.simulator.ollama_runner import (
     QueueFull,
     Runner,
     RunnerOptions,
+    split,
 )
-
-MARGIN_BYTES = GIB
-"""llama.cpp offloads everything only if this much stays free (common/common.h: fit_params_target)."""
 
 PREFLIGHT_SHARE = 0.8
 """Part of the free memory a further model may be predicted to need (server/sched.go)."""
@@ -45,6 +43,8 @@ class Scheduler:
         self.ledger = ledger
         self.settings = settings
         self.counters = OllamaCounters()
+        self.immovable_bytes: Callable[[], int] = self._others_bytes
+        """What others hold and could not have been made to let go; a world with a ComfyUI knows better."""
         self._may_schedule = asyncio.Event()
         self._may_schedule.set()
         self.runners: dict[str, Runner] = {}
@@ -97,7 +97,7 @@ class Scheduler:
 
     async def unload(self, model: OllamaModel) -> None:
         """Asks the runner to leave once its requests are done; nothing when the model is not loaded."""
-        runner = self.runners.get(model.digest)
+        runner = self.runners.get(model.blob_digest)
         if runner is not None and runner.ready:
             self._expire(runner)
             await asyncio.sleep(0)  # an idle runner is locked by now: whoever asks next waits for its end
@@ -118,21 +118,22 @@ class Scheduler:
     # -- loading
 
     def _attachable(self, model: OllamaModel, options: RunnerOptions) -> Runner | None:
-        runner = self.runners.get(model.digest)
+        runner = self.runners.get(model.blob_digest)
         if runner is None or not runner.ready or runner.lock.locked():
             return None
         if self._num_ctx(model, options) != runner.num_ctx:
             return None
-        if options.num_gpu is not None and options.num_gpu >= 0 and options.num_gpu != runner.num_gpu:
+        num_gpu = _num_gpu(model, options)
+        if num_gpu is not None and num_gpu != runner.num_gpu:
             return None
         return runner
 
     def _num_ctx(self, model: OllamaModel, options: RunnerOptions) -> int:
-        return min(options.num_ctx or self.settings.context_length, model.trained_context)
+        return min(options.num_ctx or model.num_ctx or self.settings.context_length, model.trained_context)
 
     async def _schedule(self, model: OllamaModel, options: RunnerOptions, keep_alive_seconds: float | None) -> Runner:
         await self._may_schedule.wait()
-        same = self.runners.get(model.digest)
+        same = self.runners.get(model.blob_digest)
         if same is not None:  # 1
             await self._expire_and_wait(same)
         while self.runners and not self._may_load_beside(model, self._num_ctx(model, options)):  # 2, 4
@@ -182,17 +183,17 @@ class Scheduler:
         runner = Runner(
             model=model,
             num_ctx=self._num_ctx(model, options),
-            num_gpu=options.num_gpu if options.num_gpu is not None and options.num_gpu >= 0 else None,
+            num_gpu=_num_gpu(model, options),
             keep_alive_seconds=self.settings.keep_alive_seconds if keep_alive_seconds is None else keep_alive_seconds,
             free_at_load_bytes=self._live_free_bytes(),
         )
-        self.runners[model.digest] = runner
+        self.runners[model.blob_digest] = runner
         try:
             self._place(runner)
             await self._fill(runner)
         except BaseException:  # also a client that hung up: its load is aborted
             self.ledger.release(runner.holder)
-            del self.runners[model.digest]
+            del self.runners[model.blob_digest]
             runner.gone.set()
             raise
         runner.ready = True
@@ -201,27 +202,26 @@ class Scheduler:
         return runner
 
     def _place(self, runner: Runner) -> None:
-        """The split, from the memory that is free now: all layers with the margin to spare, or what fits.
-
-        The runner's own CUDA context is there before it looks. Without a GPU everything goes to the CPU
-        and nothing says so.
-        """
-        free_bytes = self._live_free_bytes() - self.settings.cuda_context_bytes
-        if runner.num_gpu == 0 or self.ledger.lost or free_bytes < 0:
+        """The split, from the memory that is free now. Without a GPU all goes to the CPU, and nothing says so."""
+        if self.ledger.lost:
             return
-        model, need_bytes = runner.model, runner.model.need_bytes(runner.num_ctx)
-        runner.projector_on_gpu = 0 < model.projector_bytes <= free_bytes - MARGIN_BYTES
-        margin_bytes = MARGIN_BYTES + (model.projector_bytes if runner.projector_on_gpu else 0)
-        if runner.num_gpu is not None:  # set by the user: no fit, exactly that many or a failure
-            runner.gpu_layers = min(runner.num_gpu, runner.all_layers)
-        elif free_bytes - need_bytes >= margin_bytes:
-            runner.gpu_layers = runner.all_layers
-        else:
-            per_layer_bytes = need_bytes / runner.all_layers
-            fitting = math.floor((free_bytes - margin_bytes) / per_layer_bytes)
-            runner.gpu_layers = max(0, min(fitting, runner.all_layers - 1))
-        if runner.gpu_layers == 0:
-            runner.projector_on_gpu = False
+        model, num_ctx, num_gpu = runner.model, runner.num_ctx, runner.num_gpu
+        context_bytes = self.settings.cuda_context_bytes
+        runner.gpu_layers, runner.projector_on_gpu = split(
+            model, num_ctx, num_gpu, self._live_free_bytes() - context_bytes
+        )
+        if num_gpu is None:
+            best = split(model, num_ctx, None, self._movable_bytes() - context_bytes)
+            runner.would_have_fitted = best.gpu_layers == model.all_layers
+
+    def _movable_bytes(self) -> int:
+        """What would be free if everything that can be moved were: idle models here, and what others let go."""
+        busy = sum(self.ledger.held_bytes(runner.holder) for runner in self.runners.values() if runner.users)
+        return self.ledger.usable_bytes - busy - self.immovable_bytes()
+
+    def _others_bytes(self) -> int:
+        own = sum(self.ledger.held_bytes(runner.holder) for runner in self.runners.values())
+        return self.ledger.used_bytes - own
 
     async def _fill(self, runner: Runner) -> None:
         """Weights arrive piece by piece; cache, compute buffer and projector are allocated last."""
@@ -276,6 +276,12 @@ class Scheduler:
                 return
             await asyncio.sleep(self.settings.unload_seconds)
             self.ledger.release(runner.holder)
-            del self.runners[runner.model.digest]
+            del self.runners[runner.model.blob_digest]
             self.counters.unloads += 1
             runner.gone.set()
+
+
+def _num_gpu(model: OllamaModel, options: RunnerOptions) -> int | None:
+    """Layers that the request or the model itself wants on the GPU; None is left to the fit."""
+    wanted = model.num_gpu if options.num_gpu is None else options.num_gpu
+    return None if wanted is None or wanted < 0 else wanted

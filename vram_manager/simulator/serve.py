@@ -41,6 +41,8 @@ class _QuietServer(uvicorn.Server):
 async def serving(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
     """`app` answers at the URL this yields, until the block ends. Port 0 takes a free one."""
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # Inherited by what it accepts: neither of the real servers lets a small write wait.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -133,7 +135,8 @@ async def serve_world(
 ) -> None:
     """Both servers, and the control app if it has a port, until cancelled."""
     async with AsyncExitStack() as stack:
-        world = await stack.enter_async_context(World(gpu_gib, mode=mode))
+        loopback = host in {"127.0.0.1", "::1", "localhost"}
+        world = await stack.enter_async_context(World(gpu_gib, mode=mode, loopback=loopback))
         if nvml_state is not None:
             stack.enter_context(mirrored(world.ledger, nvml_state))
         ollama_url = await stack.enter_async_context(serving(world.ollama.app, host, ollama_port))

@@ -87,7 +87,10 @@ COMFYUI_FILES: Sequence[ModelFile] = (
 
 
 class World:
-    """`async with World() as world:` closes what runs in the background at the end."""
+    """`async with World() as world:` closes what runs in the background at the end.
+
+    `loopback`: Ollama listens on loopback only, and so refuses foreign Host names.
+    """
 
     def __init__(
         self,
@@ -99,13 +102,25 @@ class World:
         ollama_models: Sequence[OllamaModel] = OLLAMA_MODELS,
         comfyui_files: Sequence[ModelFile] = COMFYUI_FILES,
         show_processes: bool = False,
+        loopback: bool = False,
         utcnow: Callable[[], datetime] = utcnow,
     ) -> None:
         name = "Simulated RTX 4090" if gpu_gib >= 24 else f"Simulated GPU with {gpu_gib:g} GiB"
         self.ledger = Ledger(int(gpu_gib * GIB), name=name)
         self.gpus = LedgerGpuSensor(self.ledger, show_processes=show_processes)
-        self.ollama = SimulatedOllama(self.ledger, ollama_models, settings=ollama_settings, utcnow=utcnow)
+        self.ollama = SimulatedOllama(
+            self.ledger, ollama_models, settings=ollama_settings, loopback=loopback, utcnow=utcnow
+        )
         self.comfyui = SimulatedComfyUI(self.ledger, comfyui_files, mode=mode, settings=comfyui_settings, utcnow=utcnow)
+        self.ollama.scheduler.immovable_bytes = self._immovable_bytes
+
+    def _immovable_bytes(self) -> int:
+        """Held beside Ollama and not to be had: by strangers, and by ComfyUI with prompts or after any free."""
+        others = {name: held for name, held in self.ledger.holders().items() if not name.startswith("ollama:")}
+        comfyui_bytes = others.pop(self.comfyui.memory.holder, 0)
+        if not self.comfyui.queue.remaining:
+            comfyui_bytes = min(comfyui_bytes, self.comfyui.memory.lasting_bytes)
+        return comfyui_bytes + sum(others.values())
 
     async def __aenter__(self) -> World:
         return self

@@ -1,0 +1,242 @@
+"""What the doctor says of the gateways and of Ollama's version, with real servers behind real ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from vram_manager import config
+from vram_manager.backends.comfyui import HttpComfyUI
+from vram_manager.backends.http import JsonClient
+from vram_manager.backends.ollama import HttpOllama
+from vram_manager.clock import Clock
+from vram_manager.config import Settings
+from vram_manager.daemon import build
+from vram_manager.doctor import Finding, about_gateway_host, about_version, examine, in_container, in_words
+from vram_manager.domain.reading import Missing
+from vram_manager.simulator.serve import serving
+from vram_manager.simulator.world import World
+from vram_manager.store import Store
+
+Configured = Callable[..., Settings]
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Configured:
+    """The settings that these variables give; nobody answers at the URLs unless they are named."""
+
+    def load(**variables: str) -> Settings:
+        defaults = {
+            "VRAM_SOCKET": str(tmp_path / "vram.sock"),
+            "VRAM_STATE_DIR": str(tmp_path),
+            "OLLAMA_URL": "",
+            "COMFYUI_URL": "",
+        }
+        for name, value in (defaults | variables).items():
+            monkeypatch.setenv(name, value)
+        return config.load()
+
+    return load
+
+
+@pytest.fixture
+def two_ports() -> tuple[str, str]:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return str(one.getsockname()[1]), str(other.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def listening(settings: Settings, world: World) -> AsyncIterator[None]:
+    """A daemon over `world` whose socket and gateways are open inside the block."""
+    ollama = HttpOllama(JsonClient(settings.ollama.ollama_url, headers={}, name="ollama"))
+    comfyui = HttpComfyUI(JsonClient(settings.comfyui.comfyui_url, headers={}, name="comfyui"))
+    store = Store.open(settings.service.vram_state_dir)
+    clock = Clock.of_running_loop()
+    daemon = build(settings, clock, store, gpus=world.gpus, ollama=ollama, comfyui=comfyui)
+    try:
+        async with daemon.listening():
+            yield
+    finally:
+        await ollama.aclose()
+        await comfyui.aclose()
+        daemon.close()
+
+
+async def gateways(settings: Settings) -> list[Finding]:
+    findings = await asyncio.to_thread(examine, settings)
+    return [finding for finding in findings if finding.part == "gateway"]
+
+
+@pytest.mark.asyncio
+async def test_each_gateway_is_asked_for_what_stands_behind_it(configured: Configured, two_ports: tuple[str, str]):
+    async with (
+        World(12.0) as world,
+        serving(world.ollama.app) as ollama_url,
+        serving(world.comfyui.app) as comfyui_url,
+    ):
+        settings = configured(
+            OLLAMA_URL=ollama_url,
+            COMFYUI_URL=comfyui_url,
+            GATEWAY_OLLAMA_PORT=two_ports[0],
+            GATEWAY_COMFYUI_PORT=two_ports[1],
+        )
+        async with listening(settings, world):
+            findings = await gateways(settings)
+    version = world.ollama.version
+    assert [(finding.verdict, finding.words) for finding in findings] == [
+        ("fine", f"Ollama's on 127.0.0.1:{two_ports[0]}: {ollama_url} answers behind it, {version}"),
+        ("fine", f"ComfyUI's on 127.0.0.1:{two_ports[1]}: {comfyui_url} answers behind it, 0 running or waiting"),
+    ]
+
+
+@pytest.mark.asyncio
+async def test_a_gateway_with_nobody_behind_it_is_wrong_and_says_why(
+    configured: Configured, two_ports: tuple[str, str]
+):
+    settings = configured(OLLAMA_URL=f"http://127.0.0.1:{two_ports[1]}", GATEWAY_OLLAMA_PORT=two_ports[0])
+    async with World(12.0) as world, listening(settings, world):
+        (finding,) = await gateways(settings)
+    assert finding.verdict == "wrong"
+    assert "HTTP 502" in finding.words
+    assert "Ollama cannot be reached" in finding.words
+
+
+def of_gateway(settings: Settings) -> list[Finding]:
+    return [finding for finding in examine(settings) if finding.part == "gateway"]
+
+
+def test_without_a_daemon_a_gateway_that_nobody_opened_is_a_note(configured: Configured, two_ports: tuple[str, str]):
+    settings = configured(OLLAMA_URL=f"http://127.0.0.1:{two_ports[1]}", GATEWAY_OLLAMA_PORT=two_ports[0])
+    (finding,) = of_gateway(settings)
+    assert finding == Finding(
+        "gateway",
+        "note",
+        f"Ollama's on 127.0.0.1:{two_ports[0]}: cannot be reached (connection refused)",
+        "it opens when the daemon starts",
+    )
+
+
+@pytest.mark.asyncio
+async def test_beside_a_daemon_of_another_environment_a_closed_gateway_is_wrong(
+    configured: Configured, two_ports: tuple[str, str]
+):
+    async with (
+        World(12.0) as world,
+        serving(world.ollama.app) as ollama_url,
+        listening(configured(OLLAMA_URL=ollama_url), world),
+    ):
+        (finding,) = await gateways(configured(OLLAMA_URL=ollama_url, GATEWAY_OLLAMA_PORT=two_ports[0]))
+    assert (finding.verdict, "cannot be reached" in finding.words) == ("wrong", True)
+
+
+def test_a_gateway_on_another_address_with_the_same_port_is_none_in_front_of_itself(
+    configured: Configured, two_ports: tuple[str, str]
+):
+    settings = configured(
+        OLLAMA_URL=f"http://127.0.0.2:{two_ports[0]}", GATEWAY_OLLAMA_PORT=two_ports[0], GATEWAY_HOST="127.0.0.3"
+    )
+    (finding,) = of_gateway(settings)
+    assert "cannot be reached" in finding.words
+
+
+def test_a_gateway_without_its_server_is_a_note(configured: Configured):
+    (finding,) = of_gateway(configured(GATEWAY_COMFYUI_PORT="8189"))
+    assert finding.verdict == "note"
+    assert finding.words == "GATEWAY_COMFYUI_PORT is set, but there is no ComfyUI here: nothing listens"
+
+
+def test_without_a_gateway_in_front_of_ollama_that_is_worth_knowing(configured: Configured, two_ports: tuple[str, str]):
+    (finding,) = of_gateway(configured(OLLAMA_URL=f"http://127.0.0.1:{two_ports[0]}"))
+    assert (finding.verdict, finding.remedy) == ("note", "set GATEWAY_OLLAMA_PORT and let clients use that port")
+    assert of_gateway(configured(OLLAMA_URL="")) == []
+
+
+FAR, NEAR = "http://box:11434", "http://localhost:11434"
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "contained", "words"),
+    [
+        ("127.0.0.1", FAR, False, None),
+        ("localhost", NEAR, False, None),
+        ("::1", NEAR, False, None),
+        ("0.0.0.0", FAR, True, None),
+        ("0.0.0.0", FAR, False, "on 0.0.0.0 whoever can reach this machine is let in: no password"),
+        ("::", FAR, False, "on :: whoever can reach this machine is let in: no password"),
+        (
+            "0.0.0.0",
+            NEAR,
+            False,
+            "Ollama can be used from this machine only, but through the gateway on 0.0.0.0 from any other",
+        ),
+        (
+            "192.0.2.7",
+            NEAR,
+            True,
+            "Ollama can be used from this machine only, but through the gateway on 192.0.2.7 from any other",
+        ),
+    ],
+)
+def test_who_is_let_in_without_a_password_is_said(
+    configured: Configured, host: str, url: str, contained: bool, words: str | None
+):
+    settings = configured(OLLAMA_URL=url, GATEWAY_OLLAMA_PORT="11435", GATEWAY_HOST=host)
+    findings = about_gateway_host(settings, in_container=contained)
+    assert [finding.words for finding in findings] == ([] if words is None else [words])
+    assert all(finding.verdict == "note" and finding.remedy for finding in findings)
+
+
+def test_without_a_gateway_nobody_is_let_in(configured: Configured):
+    assert about_gateway_host(configured(OLLAMA_URL=FAR, GATEWAY_HOST="0.0.0.0"), in_container=False) == []
+
+
+def test_a_container_is_known_by_the_marks_that_engines_leave(tmp_path: Path):
+    assert not in_container(tmp_path, {})
+    assert in_container(tmp_path, {"KUBERNETES_SERVICE_HOST": "192.0.2.1"})
+    (tmp_path / ".dockerenv").touch()
+    assert in_container(tmp_path, {})
+
+
+def test_a_container_of_podman_is_one(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".containerenv").touch()
+    assert in_container(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("0.9.6", "tells no context length"),
+        ("0.5.13-rc1", "tells no context length"),
+        ("0.10.0", None),
+        ("0.29.9", None),
+        ("0.30.0", "counts a model that is partly on the CPU up to twice"),
+        ("0.30.10", "counts a model that is partly on the CPU up to twice"),
+        ("0.30.11", None),
+        ("0.33.1", None),
+        ("0.0.0", None),
+        ("", None),
+        ("main", None),
+        (Missing("GET /api/version: HTTP 404: 404.12.1"), None),
+    ],
+)
+def test_a_version_that_tells_less_or_wrongly_is_a_note(version: str | Missing, words: str | None):
+    findings = about_version(version)
+    if words is None:
+        assert findings == []
+    else:
+        (finding,) = findings
+        assert (finding.part, finding.verdict) == ("ollama", "note")
+        assert f"{version} {words}" in finding.words
+        assert (finding.remedy or "").startswith("update Ollama to 0.")
+
+
+def test_every_part_has_room_in_its_column():
+    findings = [Finding("gateway", "note", "words", "remedy"), Finding("settings", "fine", "words")]
+    lines = in_words(findings, colour=False).splitlines()
+    assert [line.index("words") for line in lines if "words" in line] == [17, 17]

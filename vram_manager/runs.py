@@ -1,0 +1,119 @@
+"""What ComfyUI runs: what its prompts will need, from its own queue, and what they took.
+
+Whoever posts to ComfyUI directly tells nobody before. Its queue, though, has every workflow in it, and what is in
+Ollama's idle models' hands can still leave while ComfyUI reads its files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from vram_manager.backends import ComfyUI
+from vram_manager.clock import Clock
+from vram_manager.domain.demand import Demand, Kind
+from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Queue, Snapshot
+from vram_manager.errors import SensorError
+from vram_manager.estimates import Estimates
+from vram_manager.policy import Rules
+from vram_manager.policy.accounting import Hold, comfyui_gpu, comfyui_hold, gpus_seen
+from vram_manager.policy.plan import first_stage
+
+# The queue is asked again while it works, as prompts are added: a reply may be some 100 kB.
+ASK_SECONDS = 5.0
+
+
+class Runs:
+    """The demand of what ComfyUI runs now, and the peaks of what it ran."""
+
+    def __init__(self, clock: Clock, comfyui: ComfyUI | None, estimates: Estimates, rules: Rules) -> None:
+        self._clock = clock
+        self._comfyui = comfyui
+        self._estimates = estimates
+        self._rules = rules
+        self._busy = asyncio.Event()
+        self._run: int | None = None
+        self._since = 0.0
+        self._need_bytes: int | None = None
+        self._subjects: set[str] = set()
+        self._peak_bytes = 0
+
+    def turned(self, snapshot: Snapshot) -> tuple[Demand, ...]:
+        """What ComfyUI is short of now. Call it every turn."""
+        if not isinstance(snapshot.queue, Seen):
+            return ()
+        queue = snapshot.queue.value
+        if queue.idle or queue.runs != self._run:
+            self._over()
+        if queue.idle:
+            return ()
+        if self._run is None:
+            self._run, self._since = queue.runs, snapshot.taken_at
+            self._busy.set()
+        found = self._held(snapshot)
+        if found is None:
+            return ()
+        gpu, held = found
+        if held.expected_bytes is not None:
+            self._peak_bytes = max(self._peak_bytes, held.bytes)
+        return self._demand(gpu, held, queue, snapshot)
+
+    async def run(self) -> None:
+        """Asks what is in the queue while ComfyUI works, until cancelled."""
+        while self._comfyui is not None:
+            await self._busy.wait()
+            await self._ask(self._comfyui)
+            await asyncio.sleep(ASK_SECONDS)
+
+    async def _ask(self, comfyui: ComfyUI) -> None:
+        run = self._run
+        try:
+            workflows = await comfyui.prompts()
+        except SensorError:
+            return
+        need = 0
+        for workflow in workflows:
+            estimate = await self._estimates.of(required=None, model=None, context=None, workflow=workflow)
+            if estimate.names and estimate.subject is not None:
+                need = max(need, estimate.size.bytes or 0)
+                self._subjects.add(estimate.subject)
+        if run is not None and run == self._run:
+            self._need_bytes = need or None
+
+    def _over(self) -> None:
+        """A run has ended. Of several workflows nobody can tell which one took how much."""
+        if self._run is not None and len(self._subjects) == 1 and self._peak_bytes:
+            self._estimates.learn(next(iter(self._subjects)), peak_bytes=self._peak_bytes)
+        self._run, self._need_bytes, self._peak_bytes = None, None, 0
+        self._subjects = set()
+        self._busy.clear()
+
+    def _held(self, snapshot: Snapshot) -> tuple[Gpu, Hold] | None:
+        gpus = gpus_seen(snapshot)
+        if isinstance(gpus, Missing) or not isinstance(snapshot.comfyui, Seen):
+            return None
+        comfyui = snapshot.comfyui.value
+        gpu = comfyui_gpu(comfyui, gpus, self._rules)
+        if isinstance(gpu, Missing) or not isinstance(gpu.memory, GpuMemory):
+            return None
+        return gpu, comfyui_hold(snapshot, comfyui, gpus, gpu, None, first_stage(comfyui), self._rules)
+
+    def _demand(self, gpu: Gpu, held: Hold, queue: Queue, snapshot: Snapshot) -> tuple[Demand, ...]:
+        if self._need_bytes is None or not isinstance(gpu.memory, GpuMemory):
+            return ()
+        # It loads in stages where it must: no prompt needs more than the card.
+        need = min(self._need_bytes, gpu.memory.usable_bytes - self._rules.context_bytes) - held.bytes
+        if need <= 0:
+            return ()
+        return (
+            Demand(
+                kind=Kind.STARTING,
+                key=f"comfyui:{queue.runs}",
+                gpu=gpu.uuid,
+                need_free_bytes=need,
+                reason="ComfyUI has begun to work",
+                since=self._since,
+                last_seen_at=snapshot.taken_at,
+                for_comfyui=True,
+            ),
+        )
