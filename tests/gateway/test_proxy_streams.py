@@ -290,7 +290,7 @@ async def test_a_server_that_stalls_stops_the_client_and_not_our_memory() -> Non
         client.send(b"POST / HTTP/1.1\r\nHost: box\r\nContent-Length: %d\r\n\r\n" % size_bytes)
         client.send(bytes(size_bytes))
         (side,) = await _client_sides(proxy)
-        await until(lambda: side._upstream is not None and side._upstream.full)
+        await until(lambda: side._upstream and side._upstream._transport and side._upstream.full)
         assert side._upstream is not None
         assert side._upstream._transport.get_write_buffer_size() < MIB
         assert not side._transport.is_reading()

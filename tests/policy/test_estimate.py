@@ -239,6 +239,8 @@ def test_without_a_wish_the_context_follows_from_the_memory_of_all_gpus(total: i
         ("hf.co/a/b:q4", "hf.co/a/b:q4"),
         ("host:5000/a/b", "host:5000/a/b:latest"),
         ("library/gemma3:4b", "gemma3:4b"),
+        ("https://registry.ollama.ai/library/gemma3", "gemma3:latest"),
+        ("http://host/a/b", "host/a/b:latest"),
     ],
 )
 def test_names_are_compared_as_ollama_compares_them(name: str, known_as: str):

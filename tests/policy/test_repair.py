@@ -155,6 +155,7 @@ def test_it_is_loaded_where_all_of_it_fits(chat: LoadedModel, just_gib: float) -
         pytest.param({}, {"repair": False}, {}, "3 nobody", None, id="not wanted"),
         pytest.param({}, {"enabled": False}, {}, "5 off", None, id="monitoring only"),
         pytest.param({"queue": queue(1, since=90)}, {}, {}, "7 busy", None, id="ComfyUI is working"),
+        pytest.param({"queue": queue(since=93)}, {}, {}, "5 idle", 3, id="ComfyUI has just finished"),
         pytest.param({"queue": Missing("?")}, {}, {}, "7 unseen", None, id="nobody knows what ComfyUI does"),
         pytest.param({"chat": replace(SPLIT, requests=1)}, {}, {}, "5 model in use", None, id="it answers"),
         pytest.param({"chat": replace(SPLIT, active_at=96.0)}, {}, {}, "5 model in use", 1, id="it was just used"),
@@ -195,6 +196,10 @@ def test_why_a_model_stays_on_the_cpu(
     ("world", "watch"),
     [
         pytest.param({"queue": Off()}, {}, id="there is no ComfyUI"),
+        pytest.param({"queue": queue(since=90)}, {}, id="ComfyUI has finished ten seconds ago"),
+        pytest.param(
+            {"queue": queue(since=99), "chat": replace(SPLIT, requests=0, held=1, active_at=99.0)}, {}, id="held for it"
+        ),
         pytest.param({"chat": replace(SPLIT, active_at=95.0)}, {}, id="five seconds of quiet"),
         pytest.param({}, {"repairs_at": {f"sha-{CHAT}": (40.0,)}}, id="a minute after a repair"),
         pytest.param({}, {"repairs_at": {f"sha-{CHAT}": (-100.0, -20.0)}}, id="two minutes after the second"),
@@ -205,6 +210,18 @@ def test_why_a_model_stays_on_the_cpu(
 )
 def test_when_a_model_is_taken_off(world: dict[str, Any], watch: dict[str, Any]) -> None:
     assert Policy(RULES, Watch(**watch)).look(fell(100, **world)).action == BYE
+
+
+@pytest.mark.parametrize(
+    ("percent", "requests", "repaired"),
+    [(25, None, False), (24, None, True), (100, 0, True), (Missing("not told"), None, True)],
+)
+def test_without_a_gateway_a_gpu_at_work_is_a_model_in_use(
+    percent: int | Missing, requests: int | None, repaired: bool
+) -> None:
+    seen = fell(100, replace(SPLIT, requests=requests))
+    decision = Policy(RULES).look(replace(seen, gpus=Seen(gpus(gpu(free_gib=10, utilization=percent)), 100)))
+    assert (decision.action == BYE, decision.branch == "7 GPU at work") == (repaired, not repaired)
 
 
 def test_nothing_is_repaired_while_somebody_waits() -> None:

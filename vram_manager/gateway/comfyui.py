@@ -98,15 +98,17 @@ class ComfyUIGate:
             mine.set_result(None)
             self._line.remove(mine)
 
-    async def enter(self, prompt: object, began: float) -> Passage | Reply:
-        """The prompt, whose turn it is and which came at `began`, may go on, or is refused."""
+    async def enter(self, held: _HeldPrompt, prompt: object | None) -> Passage | Reply:
+        """The prompt may go on, or is refused: in its turn, once there is room. None is one that cannot be read."""
         desk = self._desk
+        began = desk.clock.monotonic()
         key = object()
         desk.waiting[key] = Waiter(upstream=UPSTREAM, what="a prompt", since=began, why="waits for its turn")
-        left = began + desk.max_wait_seconds - desk.clock.monotonic()
         try:
-            async with asyncio.timeout(max(0.0, left)):
-                await self._room_for(prompt, key)
+            async with asyncio.timeout(desk.max_wait_seconds):
+                held.turn = await self.turn()
+                if prompt is not None:
+                    await self._room_for(prompt, key)
         except TimeoutError:
             waited = desk.clock.monotonic() - began
             if desk.refuses:
@@ -117,7 +119,7 @@ class ComfyUIGate:
         finally:
             desk.waiting.pop(key, None)
         waited = desk.clock.monotonic() - began
-        return desk.told(UPSTREAM, "held", waited)
+        return desk.told(UPSTREAM, "unread" if prompt is None else "held", waited)
 
     async def _room_for(self, prompt: object, key: object) -> None:
         """Returns when there is room, or when nothing can be said about it."""
@@ -170,9 +172,6 @@ class ComfyUIGate:
         settles = pending is not None and isinstance(pending.action, FreeComfyUI) and not pending.action.forced
         return settles and not self._desk.stopped
 
-    def now(self) -> float:
-        return self._desk.clock.monotonic()
-
     def began(self) -> None:
         self._in_front += 1
 
@@ -180,9 +179,6 @@ class ComfyUIGate:
         """ComfyUI has answered, or nobody waits for its answer: what its queue says from now on counts."""
         self._in_front -= 1
         self._accepted_at = self._desk.clock.monotonic()
-
-    def unread(self) -> Passage:
-        return self._desk.told(UPSTREAM, "unread", 0.0)
 
 
 class _HeldPrompt:
@@ -192,7 +188,7 @@ class _HeldPrompt:
         self._gate = gate
         self._pieces: list[bytes] | None = []
         self._bytes = 0
-        self._turn: asyncio.Future[None] | None = None
+        self.turn: asyncio.Future[None] | None = None
         self._sent = False
 
     def look(self, piece: bytes) -> None:
@@ -203,11 +199,9 @@ class _HeldPrompt:
             self._pieces.append(piece)
 
     async def may_pass(self) -> Passage | Reply:
-        began = self._gate.now()
         body, self._pieces = self._pieces, None
-        self._turn = await self._gate.turn()
         prompt = None if body is None else _prompt(b"".join(body))
-        verdict = self._gate.unread() if prompt is None else await self._gate.enter(prompt, began)
+        verdict = await self._gate.enter(self, prompt)
         if isinstance(verdict, Passage):
             self._sent = True
             self._gate.began()
@@ -224,9 +218,9 @@ class _HeldPrompt:
         if self._sent:
             self._gate.over()
             self._sent = False
-        if self._turn is not None:
-            self._gate.pass_on(self._turn)
-            self._turn = None
+        if self.turn is not None:
+            self._gate.pass_on(self.turn)
+            self.turn = None
 
 
 def _prompt(body: bytes) -> object | None:

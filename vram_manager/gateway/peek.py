@@ -17,6 +17,8 @@ Scalar = str | int | float | bool | None
 
 MAX_VALUE_BYTES: Final = 1024
 """A string or a number longer than this as sent (with its escapes) is passed over."""
+MAX_MEMBERS: Final = 4096
+"""Of the object and of those looked into. No client has a tenth of that, and each costs some microseconds."""
 MAX_DEPTH: Final = 10_000
 """encoding/json gives up where values are nested more deeply (scanner.go: maxNestingDepth)."""
 
@@ -63,6 +65,7 @@ class JsonFields:
         self._parent: Path = ()  # the wanted object whose keys are read; (): the top
         self._path: Path | None = None  # of the value that is read; None: not wanted
         self._first = True  # the object may end here: it has just begun
+        self._members = 0  # read by name so far
         self._depth = 0  # of a value that is passed over
         self._after: Callable[[bytes, int], int] = self._colon  # comes when a long string is over
 
@@ -92,7 +95,8 @@ class JsonFields:
     def _key(self, data: bytes, position: int) -> int:
         if data[position] == _CLOSE_OBJECT and self._first:
             return self._leave(position)
-        if data[position] != _QUOTE:
+        self._members += 1
+        if data[position] != _QUOTE or self._members > MAX_MEMBERS:
             return self._stop(data)
         end, raw = self._string(data, position, self._colon)
         if raw is None:

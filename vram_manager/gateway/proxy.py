@@ -20,6 +20,9 @@ __all__ = ["Gate", "Head", "Held", "Passage", "PlainGate", "Proxy", "Reply"]
 
 # asyncio tries so many accepts in a row, and says so for each, when no descriptor is left.
 BACKLOG = 256
+# So many may wait to be accepted (the kernel allows net.core.somaxconn, 4096): whoever finds no place there asks again
+# a second later.
+QUEUE = 4096
 # After the grace: how long a gate may take to notice that it was cancelled.
 _CANCELLED_SECONDS = 1.0
 
@@ -56,6 +59,7 @@ class Proxy:
         common.host = common.address.host_for(self._address[0], rewrite=self._rewrite_host)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: ClientSide(common), sock=listener, backlog=BACKLOG)
+        listener.listen(QUEUE)
 
     @property
     def address(self) -> tuple[str, int]:

@@ -172,7 +172,7 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rules: 
             sure = held is not None and held.expected_bytes is not None
             # Its own numbers may be older than NVML's: what is free by now is not in use as well.
             others = ollama_bytes(snapshot, gpus, gpu, rules)
-            rest = gpu.memory.taken_bytes - (others if isinstance(others, int) else 0)
+            rest = gpu.memory.taken_bytes - (others if isinstance(others, int) else 0) - _coming_to_ollama(book, gpu)
             own = min(hold, max(0, rest)) if sure or request.at_gateway else 0
             leased -= _promised_to_comfyui(book, gpu)
         available = max(0, gpu.memory.free_bytes - leased)
@@ -203,6 +203,12 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rules: 
 
 def _promised_to_comfyui(book: Book, gpu: Gpu) -> int:
     return sum(one.outstanding_bytes for one in book.leases.values() if one.for_comfyui and one.gpu == gpu.uuid)
+
+
+def _coming_to_ollama(book: Book, gpu: Gpu) -> int:
+    """What a model that loads may have in use by now, though Ollama lists it only when it is loaded."""
+    leases = (one for one in book.leases.values() if one.gpu == gpu.uuid and one.estimate.for_ollama)
+    return sum(one.outstanding_bytes for one in leases)
 
 
 def _own_bytes(request: Request, snapshot: Snapshot) -> int:

@@ -48,8 +48,8 @@ def percentile95(samples: Sequence[int]) -> int:
 
 
 def canonical(name: str) -> str:
-    """A model's name as Ollama compares it: without case, tag `latest` by default, the registry left out."""
-    name = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    """A model's name as Ollama compares it: without case and scheme, tag `latest` by default, the registry left out."""
+    name = name.lower().rpartition("://")[2].removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 

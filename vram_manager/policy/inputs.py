@@ -5,6 +5,7 @@ from __future__ import annotations
 from vram_manager.domain.reading import Missing, Reading, Seen
 from vram_manager.domain.snapshot import GpuMemory, Gpus, Snapshot
 from vram_manager.domain.watch import Watch
+from vram_manager.policy.guards import HOUR_SECONDS
 
 
 def _age(reading: Reading[object], now: float) -> str | float:
@@ -62,4 +63,7 @@ def inputs_of(snapshot: Snapshot, gpus: Gpus | Missing, watch: Watch) -> dict[st
         }
         for demand in watch.demands.values()
     ]
+    recent = sum(now - at < HOUR_SECONDS for at in watch.frees_at)
+    if recent:
+        inputs["swaps_within_the_hour"] = recent
     return inputs

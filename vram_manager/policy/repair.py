@@ -36,6 +36,8 @@ from vram_manager.policy.rules import Rules
 # Room is told in spans of this length, and for this long back: a load takes less.
 SPAN_SECONDS = 5.0
 LOOKED_BACK_SECONDS = 60.0
+# A desktop keeps a GPU busy to some per cent; a model that is in part on it to more.
+BUSY_PERCENT = 25
 # Whoever comes first may have the room: after this long without it the model is left to its next request.
 BRING_BACK_SECONDS = 60.0
 # How soon to look again whether a model that is away can be loaded.
@@ -147,9 +149,21 @@ def take_off(
         return Hold(branch="7 unseen", why=f"ComfyUI's queue cannot be read: {snapshot.queue.why}")
     if isinstance(snapshot.queue, Seen) and not snapshot.queue.value.idle:
         return Hold(branch="7 busy", why="ComfyUI is working and would take the room while the model is away")
+    if isinstance(snapshot.queue, Seen) and not model.held:
+        # Somebody who renders again and again would meet the load half-way.
+        pause = guards.not_idle_long_enough(snapshot.queue.value, rules.chat_turn_seconds, now)
+        if pause is not None:
+            return pause
     if snapshot.asks:
         return Hold(branch="7 others wait", why="somebody else waits for room")
-    if (busy := in_use(model, now, max(rules.model_idle_seconds, rules.unseen_idle_seconds))) is not None:
+    if model.requests is None and isinstance(gpu.utilization_percent, int) and gpu.utilization_percent >= BUSY_PERCENT:
+        # Without a gateway nobody tells that a model is answering; while ComfyUI is idle the GPU's work is a sign.
+        return Hold(
+            branch="7 GPU at work", why=f"GPU {gpu.index} is {gpu.utilization_percent} % busy: it may be in use"
+        )
+    # Whoever is held at the gateway for it waits for this very step.
+    quiet = 0.0 if model.held else max(rules.model_idle_seconds, rules.unseen_idle_seconds)
+    if (busy := in_use(model, now, quiet)) is not None:
         return busy
     target = UnloadModel(model=model.name).target
     held = guards.spacing(target, watch.posted_at, rules.cooldown_seconds, now, "cooldown")
