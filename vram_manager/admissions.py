@@ -395,7 +395,8 @@ class Admissions:
         """`lease` in the book, on its way to the disk, and watched."""
         before = self.book.leases.get(lease.id)
         self.book = granted(self.book, lease) if new else put(self.book, lease)
-        self._records.changed(lease, before)
+        if not lease.at_gateway:
+            self._records.changed(lease, before)
         if lease.pid is not None and (before is None or before.pid != lease.pid):
             self._processes.watch(lease.id, lease.pid, lambda: self._holder_gone(lease.id))
         self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())
@@ -415,10 +416,11 @@ class Admissions:
         self._processes.unwatch(lease.id)
         self._ended_at = now
         before, self.book = self.book, ended(self.book, lease.id)
-        self._records.ended(lease.id)
+        if not lease.at_gateway:
+            self._records.ended(lease.id)
         for other in self.book.leases.values():
             # What the ended one may have left behind must not pass for theirs after a restart either.
-            if other is not before.leases[other.id]:
+            if other is not before.leases[other.id] and not other.at_gateway:
                 self._records.changed(other, before.leases[other.id])
         self._over(lease.id)
         self._observer.follow_processes = any(one.baseline_bytes is not None for one in self.book.leases.values())

@@ -273,7 +273,7 @@ class GatewaySettings(_Part):
     off."""
     gateway_host: str = "127.0.0.1"
     """Address both gateways listen on. They ask nobody for a password, as Ollama and ComfyUI do not."""
-    gateway_max_wait: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    gateway_max_wait: Annotated[float, Field(ge=1, le=3600)] = 60.0
     """Seconds a call is held at most."""
     gateway_on_timeout: Literal["forward", "refuse"] = "forward"
     """What happens then. forward: it goes on, and may run on the CPU. refuse: 503 with Retry-After."""

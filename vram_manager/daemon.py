@@ -179,11 +179,13 @@ def build(
         estimates.notice(snapshot)
         workers.turned(snapshot)
         gateways.seen(snapshot)
+        snapshot = gateways.with_prompts(snapshot)
         snapshot = admissions.seen(snapshot)
         starting = (*workers.demands(snapshot.taken_at), *runs.turned(snapshot))
         return replace(snapshot, asks=(*snapshot.asks, *starting))
 
     admissions.on_end = lease_ended
+    runs.on_need = observer.changed.set
     admissions.reserved = lambda: reserved(cycle.watch, rules)
     observer.served = gateways.served
     desk.on_request = metrics.at_gateway

@@ -7,6 +7,7 @@ Ollama's idle models' hands can still leave while ComfyUI reads its files.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from vram_manager.backends import ComfyUI
 from vram_manager.clock import Clock
@@ -37,6 +38,8 @@ class Runs:
         self._need_bytes: int | None = None
         self._subjects: set[str] = set()
         self._peak_bytes = 0
+        self.on_need: Callable[[], object] = lambda: None
+        """Called when it is known what ComfyUI needs: the next turn need not wait for its beat."""
 
     def turned(self, snapshot: Snapshot) -> tuple[Demand, ...]:
         """What ComfyUI is short of now. Call it every turn."""
@@ -79,6 +82,7 @@ class Runs:
                 self._subjects.add(estimate.subject)
         if run is not None and run == self._run:
             self._need_bytes = need or None
+            self.on_need()
 
     def _over(self) -> None:
         """A run has ended. Of several workflows nobody can tell which one took how much."""
@@ -101,9 +105,10 @@ class Runs:
     def _demand(self, gpu: Gpu, held: Hold, queue: Queue, snapshot: Snapshot) -> tuple[Demand, ...]:
         if self._need_bytes is None or not isinstance(gpu.memory, GpuMemory):
             return ()
-        # It loads in stages where it must: no prompt needs more than the card.
+        # It loads in stages where it must: no prompt needs more than the card, and whatever can be had helps it.
         need = min(self._need_bytes, gpu.memory.usable_bytes - self._rules.context_bytes) - held.bytes
-        if need <= 0:
+        need = min(need, gpu.memory.free_bytes + _idle_bytes(snapshot))
+        if need <= gpu.memory.free_bytes:
             return ()
         return (
             Demand(
@@ -117,3 +122,9 @@ class Runs:
                 for_comfyui=True,
             ),
         )
+
+
+def _idle_bytes(snapshot: Snapshot) -> int:
+    """What Ollama's models hold that nobody is known to use."""
+    models = snapshot.ollama.value.models if isinstance(snapshot.ollama, Seen) else ()
+    return sum(model.size_vram_bytes for model in models if not model.requests)

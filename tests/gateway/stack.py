@@ -130,6 +130,16 @@ async def stack_in(
         yield Stack(world=world, ollama=gateways[0], comfyui=gateways[1], environment=environment, direct=direct)
 
 
+async def stopped(daemon: Process) -> int:
+    """Its exit status after SIGTERM. One that does not end is killed, so that the test fails and does not hang."""
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await daemon.stop()
+    except TimeoutError:
+        daemon.process.kill()
+        raise
+
+
 def http_client(url: str) -> httpx.AsyncClient:
     """A client that waits long and asks no proxy of the environment."""
     return httpx.AsyncClient(base_url=url, timeout=PATIENCE_SECONDS, trust_env=False)

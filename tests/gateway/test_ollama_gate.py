@@ -239,6 +239,16 @@ async def test_a_model_that_is_about_to_leave_is_asked_for_again(tmp_path: Path)
         held.over()
 
 
+async def test_a_model_whose_last_call_kept_it_for_no_longer_than_that_is_asked_for_again(tmp_path: Path) -> None:
+    async with gated(tmp_path) as stack:
+        await stack.chat(keep_alive=300)
+        await soon()
+        # Ollama's list, which is up to a second old, still says that it stays.
+        await stack.chat(keep_alive=0, options={"num_predict": 1})
+
+        assert not stack.passes_at_once(stack.call())
+
+
 async def test_an_embedding_model_is_made_room_for_like_any_other(tmp_path: Path) -> None:
     async with gated(tmp_path) as stack:
         answer = await stack.ollama.post("/api/embed", json={"model": "nomic-embed-text", "input": "hello"})
@@ -389,6 +399,17 @@ async def test_the_promise_ends_when_the_model_shows_on_the_gpu(tmp_path: Path) 
         assert not chat.done()
         assert stack.promised == []
         await chat
+
+
+async def test_a_model_that_leaves_and_is_loaded_anew_does_not_count_as_loaded_before_that(tmp_path: Path) -> None:
+    async with gated(tmp_path) as stack:
+        await stack.chat(keep_alive=0, options={"num_predict": 200})
+        held = stack.call()
+        await held.may_pass()
+        await soon(1.5)
+
+        assert stack.promised == [f"ollama:{LLAMA}"]
+        held.over()
 
 
 async def test_the_promise_ends_when_nobody_asks_for_the_model_any_more(tmp_path: Path) -> None:

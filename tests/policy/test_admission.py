@@ -556,3 +556,22 @@ def test_a_card_that_only_comfyui_tells_of_goes_by_no_name() -> None:
     refused = judge(request(8, gpu="GPU-a"), replace(told, leased_bytes=outstanding(held, told)), held, RULES)
     assert not refused.admitted
     assert "tts has a lease of 10.0 GiB" in refused.reason
+
+
+def test_a_model_with_another_context_is_not_the_one_that_is_loaded() -> None:
+    seen = snapshot(0, gpu(free_gib=0.5), ollama=ollama(model("llama3.1:8b")))
+    other = replace(of_ollama(20), context=8192)
+    assert not verdict(request(20, about=other), seen).admitted
+    assert verdict(request(20, about=replace(other, context=4096)), seen).required_bytes == 0
+
+
+def test_the_line_waits_for_a_model_afresh_where_it_may_be_gone_in_a_moment() -> None:
+    seen = snapshot(100, gpu(free_gib=1), ollama=ollama(model("llama3.1:8b", size_gib=20)))
+    line = (waiting(20, "worker-1", 95, about=of_ollama(20), afresh=True, gpu="0"),)
+    found = whose_turn(book(line=line), seen, RULES)
+    # It makes room for itself: 20 and the 1 that is free are not 22.
+    assert found is None
+    line = (waiting(18, "worker-1", 95, about=of_ollama(18), afresh=True, gpu="0"),)
+    found = whose_turn(book(line=line), seen, RULES)
+    assert found is not None
+    assert as_gib(found[1].required_bytes) == 18.0

@@ -249,3 +249,38 @@ def test_names_are_compared_as_ollama_compares_them(name: str, known_as: str):
 
 def test_another_content_or_context_is_another_subject():
     assert model_subject("46e0", 4096) == "model:46e0:4096"
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_each_slot_keeps_a_cache_of_its_own(slots: int):
+    rules = replace(RULES, ollama_parallel=slots)
+    assert model_bytes(LLAMA, 4096, file_bytes=0, rules=rules) - REST == slots * kv(LLAMA, 4096)
+
+
+def test_the_slots_share_one_cache_that_is_padded_once():
+    rules = replace(RULES, ollama_parallel=3)
+    assert model_bytes(LLAMA, 100, file_bytes=0, rules=rules) - REST == kv(LLAMA, 512)
+
+
+@pytest.mark.parametrize(("value_bytes", "per_cell"), [(2.0, 4096), (1.0625, 2176), (0.5625, 1152)])
+def test_a_quantized_cache_takes_what_its_values_take(value_bytes: float, per_cell: int):
+    # 8 heads x (128 + 128) values: f16, q8_0 (34 bytes for 32), q4_0 (18 for 32).
+    rules = replace(RULES, kv_value_bytes=value_bytes)
+    assert model_bytes(LLAMA, 4096, file_bytes=0, rules=rules) - REST == 32 * 4096 * per_cell
+
+
+def test_the_window_of_a_model_is_one_of_each_slot_together():
+    facts = replace(GEMMA, sliding_window=1024)
+    one, two = (model_bytes(facts, 8192, file_bytes=0, rules=replace(RULES, ollama_parallel=n)) for n in (1, 2))
+    whole = (facts.layers or 0) // 6
+    cell = kv(replace(facts, sliding_window=None, layers=1), 256) // 256
+    assert two - one == whole * 8192 * cell
+
+
+def test_a_large_picture_needs_most_when_it_is_decoded():
+    # 2048 x 2048: 256 x 256 cells x 2178 x 64 x 2 bytes are 17 GiB, and sampling takes 8 GiB.
+    decoding = 256 * 256 * 2178 * 64 * 2
+    assert workflow_bytes(12 * GIB, 256 * 256, 256 * 256) == 12 * GIB + decoding
+    assert workflow_bytes(12 * GIB, 256 * 256) < 12 * GIB + decoding
+    # Sampling many at once can take more than decoding one.
+    assert workflow_bytes(0, 64 * 256 * 256, 256 * 256) == workflow_bytes(0, 64 * 256 * 256)

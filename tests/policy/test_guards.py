@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.policy.worlds import CALM, CHAT, SOFT, Policy, crowded, fallen, queue
 from vram_manager.domain.action import Stage
+from vram_manager.domain.demand import Demand, Kind
 from vram_manager.domain.event import EventType
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.domain.watch import Watch
-from vram_manager.policy import Rules
+from vram_manager.policy import Rules, guards
 
 HOUR = tuple(float(at) for at in range(-40, 0))
 
@@ -158,3 +161,102 @@ def test_a_demand_that_came_back_is_told_again_in_a_dry_run() -> None:
     for at in (20, 25, 30):
         policy.look(crowded(at))
     assert len(policy.of(EventType.DRY_RUN)) == 2
+
+
+# -- turns
+
+
+def ask(*, since: float = 0.0, kind: Kind = Kind.WAITING, for_comfyui: bool = False) -> Demand:
+    return Demand(
+        kind=kind,
+        key="k",
+        gpu=None,
+        need_free_bytes=1,
+        reason="somebody waits",
+        since=since,
+        last_seen_at=since,
+        for_comfyui=for_comfyui,
+    )
+
+
+TURNS = Rules(chat_turn_seconds=10, image_turn_seconds=20, cooldown_seconds=30, post_spacing_seconds=2)
+
+
+@pytest.mark.parametrize(
+    ("demand", "turn"),
+    [
+        pytest.param(ask(), 10, id="a chat or a worker"),
+        pytest.param(ask(for_comfyui=True), 20, id="a prompt"),
+        pytest.param(ask(kind=Kind.STARTING, for_comfyui=True), None, id="not in line"),
+        pytest.param(None, None, id="nobody"),
+    ],
+)
+def test_only_who_waits_in_line_has_a_turn(demand: Demand | None, turn: float | None) -> None:
+    assert guards.turn_seconds(demand, TURNS) == turn
+    if demand is not None:
+        assert not guards.pressing(demand, 9.9, TURNS)
+        assert guards.pressing(demand, 10.0, TURNS) is (turn == 10)
+        assert guards.pressing(demand, 1e6, TURNS) is (turn is not None)
+
+
+@pytest.mark.parametrize(
+    ("demand", "left"),
+    [
+        pytest.param(None, 26.0, id="nobody waits: the whole pause"),
+        pytest.param(ask(kind=Kind.FALLBACK), 26.0, id="nobody in line: the whole pause"),
+        pytest.param(ask(since=99), 5.0, id="until its turn is over"),
+        pytest.param(ask(since=99, for_comfyui=True), 15.0, id="a prompt has its own"),
+        pytest.param(ask(since=10), None, id="its turn has come"),
+        pytest.param(ask(since=130), 26.0, id="never more than the pause"),
+    ],
+)
+def test_a_pause_keeps_nobody_in_line_beyond_their_turn(demand: Demand | None, left: float | None) -> None:
+    held = guards.cooldown("comfyui", {"comfyui": 100.0}, demand, 104.0, TURNS)
+    assert (None if held is None else held.again_seconds) == left
+    assert held is None or held.branch == "5 cooldown"
+
+
+def test_two_posts_keep_their_distance_whoever_waits() -> None:
+    held = guards.cooldown("comfyui", {"comfyui": 100.0}, ask(), 101.5, TURNS)
+    assert held is not None
+    assert held.again_seconds == 0.5
+    assert guards.cooldown("comfyui", {"comfyui": 100.0}, ask(), 102.0, TURNS) is None
+
+
+def test_who_was_never_asked_is_not_held_back() -> None:
+    assert guards.cooldown("comfyui", {"ollama:a": 100.0}, ask(since=100.0), 100.0, TURNS) is None
+
+
+@given(
+    last=st.floats(0, 100),
+    after=st.floats(0, 200),
+    demand=st.none() | st.builds(ask, since=st.floats(0, 300), kind=st.sampled_from(Kind), for_comfyui=st.booleans()),
+    pause=st.floats(0, 90),
+    turns=st.tuples(st.floats(0, 60), st.floats(0, 60)),
+    spacing=st.floats(0, 5),
+)
+def test_a_pause_is_never_longer_than_it_was_set_and_ends_with_the_turn_of_who_waits(
+    last: float, after: float, demand: Demand | None, pause: float, turns: tuple[float, float], spacing: float
+) -> None:
+    rules = Rules(
+        cooldown_seconds=pause,
+        chat_turn_seconds=turns[0],
+        image_turn_seconds=turns[1],
+        post_spacing_seconds=spacing,
+    )
+    now = last + after
+    held = guards.cooldown("comfyui", {"comfyui": last}, demand, now, rules)
+    if held is None:
+        # Nobody is let through before the pause or the turn is over.
+        turn = guards.turn_seconds(demand, rules)
+        since_turn = -1.0 if demand is None or turn is None else now - demand.since - turn
+        assert after >= min(pause, spacing) - 1e-6
+        assert after >= pause - 1e-6 or since_turn >= -1e-6
+        return
+    assert held.again_seconds is not None
+    until = now + held.again_seconds
+    # Two posts keep their distance, however short the pause was set.
+    assert until <= last + max(pause, spacing) + 1e-6
+    turn = guards.turn_seconds(demand, rules)
+    if demand is not None and turn is not None:
+        assert until <= max(demand.since + turn, last + spacing) + 1e-6

@@ -32,10 +32,12 @@ from vram_manager.policy.leases import (
     at_grant,
     ended,
     granted,
+    loaded,
     outstanding,
     overdue,
     put,
     renewed,
+    serves,
 )
 
 LATER = CLAIM_WINDOW_SECONDS
@@ -376,3 +378,32 @@ def test_while_comfyui_alone_tells_of_the_memory_every_promise_counts_there_in_f
 def test_a_share_that_was_promised_blindly_is_a_share_of_the_card_once_that_is_seen() -> None:
     held = look(book(lease(0, gpu=None, about=estimate("50%"))), card(0))
     assert outstanding(held) == {CARD: gib(12)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "serves_it"),
+    [
+        pytest.param(None, 4096, True, id="any context will do"),
+        pytest.param(4096, 4096, True, id="the same"),
+        pytest.param(8192, 4096, False, id="a larger one"),
+        pytest.param(2048, 4096, False, id="a smaller one: Ollama loads anew all the same"),
+        pytest.param(8192, None, True, id="not told"),
+    ],
+)
+def test_a_model_serves_only_the_context_it_was_loaded_with(
+    asked: int | None, has: int | None, serves_it: bool
+) -> None:
+    there = replace(model(size_gib=8), context_length=has)
+    about = replace(of_ollama(8), context=asked)
+    assert serves(there, about) is serves_it
+    assert not serves(there, replace(about, digest="sha-other"))
+    seen = snapshot(0, gpu(free_gib=4), ollama=ollama(there))
+    assert loaded(about, seen) == (there.name if serves_it else None)
+
+
+def test_a_promise_for_another_context_is_not_visible_in_the_load_before() -> None:
+    there = model(size_gib=8)
+    held = book(lease(10, about=replace(of_ollama(10), context=8192)))
+    assert visible(look(held, snapshot(0, gpu(free_gib=16), ollama=ollama(there)))) == {"worker-1": 0.0}
+    anew = replace(there, context_length=8192)
+    assert visible(look(held, snapshot(0, gpu(free_gib=16), ollama=ollama(anew)))) == {"worker-1": 10.0}

@@ -10,6 +10,7 @@ from tests.policy.worlds import (
     CHAT,
     GIB,
     SOFT,
+    UNLOAD,
     Policy,
     comfyui,
     fallen,
@@ -410,3 +411,78 @@ def test_a_model_wholly_on_the_cpu_has_left_once_it_is_off_the_list() -> None:
     policy.look(snapshot(1.0, gpu(free_gib=16)))
     assert outcome(policy) == (EventType.FREED, 0.0)
     assert policy.of(EventType.FREED)[0].took_seconds == 1.0
+
+
+# -- the unload stage that gave back too little
+
+
+def unload_stage(**changed: object) -> Policy:
+    """The unload stage went out at 0 s, with 1 GiB free: 16 GiB are expected, as its flags keep weights on the GPU."""
+    policy = Policy(Rules(**changed))  # type: ignore[arg-type]
+    assert policy.acts(highvram(0)) == UNLOAD
+    return policy
+
+
+def highvram(at: float, *, free_gib: float = 1.0, torch_gib: float = 16.0, **more: object) -> Snapshot:
+    held = comfyui("main.py", "--highvram", torch_gib=torch_gib)
+    return replace(fallen(at, free_gib=free_gib, **more), comfyui=Seen(held, at))  # type: ignore[arg-type]
+
+
+def posts(policy: Policy, *, free_gib: float, torch_gib: float, until: float = 12.0, **more: object) -> list[float]:
+    """When it is posted again, while so much has come back from 1 s on."""
+    times = [at / 4 for at in range(1, int(until * 4))]
+    return [
+        at
+        for at in times
+        if policy.acts(highvram(at, **({"free_gib": free_gib, "torch_gib": torch_gib} if at >= 1 else {}), **more))
+        == UNLOAD
+    ]
+
+
+def test_an_unload_stage_that_gave_back_too_little_is_posted_once_more() -> None:
+    # 2 of 16 have come, and nothing follows for 3 s: ComfyUI tidied up by itself, the flag was lost.
+    policy = unload_stage()
+    assert posts(policy, free_gib=3.0, torch_gib=14.0, until=9.0) == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "torch_gib"),
+    [pytest.param(13.0, 4.0, id="three quarters are enough"), pytest.param(16.9, 0.1, id="all of it")],
+)
+def test_an_unload_stage_that_gave_back_enough_is_not_posted_again(free_gib: float, torch_gib: float) -> None:
+    policy = unload_stage()
+    assert posts(policy, free_gib=free_gib, torch_gib=torch_gib, until=9.0) == []
+    assert outcome(policy) is not None
+
+
+def test_what_is_missing_must_be_worth_a_second_post() -> None:
+    # 0.9 GiB were expected, 0.66 have come: what is missing is less than anybody asks for.
+    policy = Policy(Rules())
+    assert policy.acts(highvram(0, free_gib=2.5, torch_gib=0.9)) == UNLOAD
+    assert posts(policy, free_gib=3.16, torch_gib=0.24, until=9.0) == []
+
+
+def test_a_soft_free_that_gave_back_too_little_is_followed_by_the_unload_stage_instead() -> None:
+    policy = asked_at_zero()
+    again = [policy.acts(fallen(at / 4, free_gib=2.0, torch_gib=15.0)) for at in range(4, 30)]
+    assert SOFT not in again
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        pytest.param({"queue": queue(since=0.5, runs=2)}, id="a prompt has run: it took the flag with it"),
+        pytest.param({"queue": queue(1, since=0.5, runs=2)}, id="a prompt runs"),
+        pytest.param({"queue": Missing("slow")}, id="its queue cannot be read"),
+    ],
+)
+def test_too_little_is_no_reason_to_post_again_where_comfyui_did_not_rest(world: dict[str, object]) -> None:
+    assert posts(unload_stage(), free_gib=3.0, torch_gib=14.0, until=9.0, **world) == []
+
+
+def test_too_little_is_posted_for_once_only_and_ends_with_the_settle_timeout() -> None:
+    policy = unload_stage(settle_timeout_seconds=20.0)
+    assert posts(policy, free_gib=3.0, torch_gib=14.0, until=19.0) == [4.0]
+    late = unload_stage(settle_timeout_seconds=4.0)
+    assert posts(late, free_gib=3.0, torch_gib=14.0, until=4.5) == []
+    assert outcome(late) == (EventType.FREED, 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,39 @@ def test_whatever_json_comes_it_is_read(workflow: object):
     assert all(entry.name.lower().endswith(".bin") or "." in entry.name for entry in facts.files)
     assert 0 <= facts.latent_cells <= 2048 * 2048 * 4096 * 1024
     assert (workflow_subject(facts) is None) == (not facts.files)
+
+
+def decoded(workflow: Workflow) -> int:
+    return workflow_facts(workflow).decoded_cells
+
+
+def test_the_cells_of_one_picture_are_decoded_in_a_piece():
+    assert decoded(picture()) == 128 * 128
+    several = picture() | {"5": node("EmptyLatentImage", width=1024, height=512, batch_size=8)}
+    assert (decoded(several), workflow_facts(several).latent_cells) == (128 * 64, 8 * 128 * 64)
+
+
+def test_without_a_vae_that_decodes_in_a_piece_nothing_is_decoded():
+    tiled = picture() | {"8": node("VAEDecodeTiled", samples=["3", 0], vae=["4", 2])}
+    assert decoded(tiled) == 0
+    unused = tiled | {"20": node("VAEDecode", samples=["20", 0])}
+    assert decoded(unused) == 0
+
+
+def test_frames_of_a_video_are_no_picture():
+    video = picture() | {"5": node("EmptyHunyuanLatentVideo", width=1024, height=1024, length=25, batch_size=1)}
+    assert (decoded(video), workflow_facts(video).latent_cells) == (0, 128 * 128 * 7)
+    assert decoded(picture() | {"5": node("SomeResize", width=1024, height=1024)}) == 0
+
+
+def test_of_several_pictures_the_largest_is_decoded():
+    both = picture() | {
+        "15": node("EmptyLatentImage", width=2048, height=2048, batch_size=1),
+        "16": node("PreviewAny", source=["15", 0]),
+    }
+    assert decoded(both) == 256 * 256
+
+
+def test_what_is_decoded_does_not_make_another_workflow():
+    facts = workflow_facts(picture())
+    assert workflow_subject(replace(facts, decoded_cells=0)) == workflow_subject(facts)

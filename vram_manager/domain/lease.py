@@ -58,7 +58,8 @@ class Request:
     `for_comfyui` is memory that ComfyUI's process will take, not the owner's. `pid` is the process that will
     hold the memory, as this process sees it; None where it cannot be seen. `at_gateway`: a call that a gateway keeps
     back for a while; Ollama and ComfyUI take turns in these, and in the end they go on whatever the answer.
-    `afresh`: its model may be gone before it is used, so that it is loaded by now does not count.
+    `afresh`: its model may be gone before it is used, so that it is loaded by now does not count. `new_files`:
+    ComfyUI holds nothing of this prompt's files yet.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Request:
     pid: int | None = None
     at_gateway: bool = False
     afresh: bool = False
+    new_files: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,8 @@ class Lease:
     `used_bytes` is what the owner was last seen to hold, or said so; None: neither. `baseline_bytes` is what
     its process held before, `unaccounted_bytes` what nobody accounted for on the GPU at the grant,
     `left_bytes` what leases that ended since may have left behind.
-    `holds` counts the open connections that keep it alive. `restores` counts restarts without a renewal.
+    `holds` counts the open connections that keep it alive. `restores` counts restarts without a renewal. One of a
+    call `at_gateway` ends with the daemon, as the call does.
     """
 
     id: str
@@ -112,6 +115,8 @@ class Lease:
     left_bytes: int = 0
     runs_before: int | None = None
     restores: int = 0
+    at_gateway: bool = False
+    new_files: bool = False
 
     @property
     def outstanding_bytes(self) -> int:

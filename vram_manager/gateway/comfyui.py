@@ -44,6 +44,8 @@ class ComfyUIGate:
         self._rules = desk.cycle.rules
         self._line: deque[asyncio.Future[None]] = deque()
         self._leases: dict[str, str] = {}
+        self._ran: set[str] = set()
+        """Workflows that have run since ComfyUI was last freed: it may still hold their files."""
         self._accepted_at = float("-inf")
         self._in_front = 0
 
@@ -63,12 +65,24 @@ class ComfyUIGate:
 
     def seen(self, snapshot: Snapshot) -> None:
         """What was promised to ComfyUI is given back once its queue was seen to be empty after the last prompt."""
+        pending = self._desk.cycle.watch.pending
+        if pending is not None and isinstance(pending.action, FreeComfyUI):
+            self._ran.clear()
         if not self._leases or self._in_front or not isinstance(snapshot.queue, Seen):
             return
         queue, read_at = snapshot.queue.value, snapshot.queue.at
         if queue.idle and read_at - max(self._accepted_at, queue.since) >= EMPTY_SECONDS:
             for subject in list(self._leases):
                 self._give_back(subject, "its queue is empty")
+
+    def with_prompts(self, snapshot: Snapshot) -> Snapshot:
+        """ComfyUI is at work as soon as a prompt has passed, not only when its queue was seen to say so."""
+        if not isinstance(snapshot.queue, Seen) or not snapshot.queue.value.idle:
+            return snapshot
+        if not self._in_front and snapshot.queue.at > self._accepted_at:
+            return snapshot
+        queue = replace(snapshot.queue.value, remaining=max(1, self._in_front))
+        return replace(snapshot, queue=Seen(queue, snapshot.queue.at))
 
     def _give_back(self, subject: str, why: str) -> None:
         try:
@@ -107,8 +121,12 @@ class ComfyUIGate:
         try:
             async with asyncio.timeout(desk.max_wait_seconds):
                 held.turn = await self.turn()
+                # A free that is settling was asked of an idle ComfyUI, and for somebody: what it loads now would be
+                # dropped again, in memory that was made free for another.
+                await self._settled()
                 if prompt is not None:
-                    await self._room_for(prompt, key)
+                    await self._room_for(held, prompt, key)
+                    await self._settled()
         except TimeoutError:
             waited = desk.clock.monotonic() - began
             if desk.refuses:
@@ -121,7 +139,7 @@ class ComfyUIGate:
         waited = desk.clock.monotonic() - began
         return desk.told(UPSTREAM, "unread" if prompt is None else "held", waited)
 
-    async def _room_for(self, prompt: object, key: object) -> None:
+    async def _room_for(self, held: _HeldPrompt, prompt: object, key: object) -> None:
         """Returns when there is room, or when nothing can be said about it."""
         desk = self._desk
         while not desk.ready and await desk.next_turn(float("inf")):
@@ -130,9 +148,6 @@ class ComfyUIGate:
         unread = isinstance(gpus_seen(snapshot), Missing) or not isinstance(snapshot.comfyui, Seen)
         if desk.stopped or not self._rules.enabled or self._rules.dry_run or unread:
             return
-        # A free that is settling was asked of an idle ComfyUI: what it loads now would be dropped again.
-        while self._settles() and await desk.next_turn(float("inf")):
-            pass
         estimate = await desk.estimates.of(required=None, model=None, context=None, workflow=prompt)
         if not estimate.names or estimate.subject is None:
             # It loads no file that anybody knows of.
@@ -148,6 +163,7 @@ class ComfyUIGate:
             ttl_seconds=TTL_SECONDS,
             for_comfyui=True,
             at_gateway=True,
+            new_files=estimate.subject not in self._ran,
         )
         if estimate.subject in self._leases and not desk.admissions.would_overtake(request):
             return
@@ -164,13 +180,18 @@ class ComfyUIGate:
             if estimate.subject in self._leases:
                 self._give_back(estimate.subject, "followed by the next prompt")
             self._leases[estimate.subject] = answer.lease.id
+            self._ran.add(estimate.subject)
+            # From here on its promise is in use, though it may have to wait once more.
+            held.goes()
         elif not answer.verdict.admitted and not answer.verdict.hopeless:
             raise TimeoutError
 
-    def _settles(self) -> bool:
-        pending = self._desk.cycle.watch.pending
-        settles = pending is not None and isinstance(pending.action, FreeComfyUI) and not pending.action.forced
-        return settles and not self._desk.stopped
+    async def _settled(self) -> None:
+        """No free of ComfyUI is under way, but for one that a person forced."""
+        while (pending := self._desk.cycle.watch.pending) is not None and not self._desk.stopped:
+            if not isinstance(pending.action, FreeComfyUI) or pending.action.forced:
+                return
+            await self._desk.next_turn(float("inf"))
 
     def began(self) -> None:
         self._in_front += 1
@@ -203,9 +224,14 @@ class _HeldPrompt:
         prompt = None if body is None else _prompt(b"".join(body))
         verdict = await self._gate.enter(self, prompt)
         if isinstance(verdict, Passage):
+            self.goes()
+        return verdict
+
+    def goes(self) -> None:
+        """It is on its way to ComfyUI."""
+        if not self._sent:
             self._sent = True
             self._gate.began()
-        return verdict
 
     def answered(self, status: int) -> None:
         self._done()

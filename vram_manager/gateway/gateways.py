@@ -41,6 +41,10 @@ class Gateways:
         """Ollama's models with what goes through the gateway, if there is one."""
         return ollama if self.ollama is None else self.ollama.served(ollama)
 
+    def with_prompts(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with prompts that ComfyUI has not been seen to have yet."""
+        return snapshot if self.comfyui is None else self.comfyui.with_prompts(snapshot)
+
     def seen(self, snapshot: Snapshot) -> None:
         """A turn of the cycle: promises that are kept by now end, and whoever waits looks again."""
         if self.ollama is not None:

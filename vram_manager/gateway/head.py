@@ -133,7 +133,6 @@ class Sifted(NamedTuple):
     coding: bytes
     upgrade: bytes
     length: int | None
-    hosts: int
 
     @property
     def chunked(self) -> bool:
@@ -146,15 +145,12 @@ def sift(headers: Iterable[tuple[bytes, bytes]]) -> Sifted:
     named: set[bytes] = set()
     coding = upgrade = b""
     length = None
-    hosts = 0
     for header in headers:
         name = header[0].lower()
         if name not in _PER_CONNECTION:
             passed.append(header)
             if name == b"content-length":
                 length = int(header[1])
-            elif name == b"host":
-                hosts += 1
         elif name == b"connection":
             named.update(token.strip().lower() for token in header[1].split(b","))
         elif name == b"transfer-encoding":
@@ -163,13 +159,13 @@ def sift(headers: Iterable[tuple[bytes, bytes]]) -> Sifted:
             upgrade += header[1].strip().lower()
     if dropped := named - _NEVER_DROPPED:
         passed = [header for header in passed if header[0].lower() not in dropped]
-    return Sifted(passed, named, coding, upgrade, length, hosts)
+    return Sifted(passed, named, coding, upgrade, length)
 
 
 def read_head(method: bytes, target: bytes, headers: Headers) -> Head:
     """The head of a request whose target is a path, also where the client sent a whole URL (RFC 9112 3.2.2)."""
     words = target.decode("latin-1")
-    if not words.startswith("/") and (whole := _ABSOLUTE.fullmatch(words)):
+    if whole := _ABSOLUTE.fullmatch(words):
         authority, rest = whole.groups()
         words = rest if rest.startswith("/") else f"/{rest}"
         others = (header for header in headers if header[0].lower() != b"host")
@@ -189,7 +185,7 @@ def objection(head: Head, sifted: Sifted, version: str, size_bytes: int, *, webs
         return refusal(501, "the only transfer coding is chunked, and HTTP/1.0 has none")
     if websocket and (sifted.chunked or sifted.length):
         return refusal(400, "a request for a websocket has no body")
-    if sifted.hosts > 1:
+    if sum(name.lower() == b"host" for name, _ in head.headers) > 1:
         return refusal(400, "more than one Host")
     return None
 

@@ -74,6 +74,10 @@ class _Model:
     under_way: int = 0
     held: int = 0
     ended_at: float | None = None
+    kept_seconds: float | None = None
+    """The last keep_alive that a call of it asked for."""
+    leaves_at: float | None = None
+    """When the model leaves by that, from the end of the last call on: newer than any list of Ollama's."""
     lease: str | None = None
     opening: asyncio.Task[Answer | None] | None = None
     waiting: int = 0
@@ -123,7 +127,10 @@ class OllamaGate:
         read_at = snapshot.ollama.at if isinstance(snapshot.ollama, Seen) else float("-inf")
         for key, calls in list(self._models.items()):
             if calls.lease is not None:
-                there = any(self._serves(model, calls) and model.cpu_ratio == 0.0 for model in listed)
+                there = any(
+                    self._serves(model, calls) and model.cpu_ratio == 0.0 and not self._expires_soon(model)
+                    for model in listed
+                )
                 # A short call is over before its model was listed: what it loaded is there all the same.
                 over = not (calls.under_way or calls.held) and read_at > (calls.ended_at or read_at)
                 if there or over:
@@ -195,7 +202,7 @@ class OllamaGate:
         calls = self._models.setdefault((name, call.context), _Model(name, call.context))
         began = desk.clock.monotonic()
         if call.num_gpu == 0 or (state := self._look(call, calls)) is _Go.PASS:
-            return calls, self._pass(calls, "passed", 0.0)
+            return calls, self._pass(call, calls, "passed", 0.0)
         calls.held += 1
         key = object()
         try:
@@ -208,21 +215,24 @@ class OllamaGate:
             desk.waiting.pop(key, None)
         waited = desk.clock.monotonic() - began
         if in_time:
-            return calls, self._pass(calls, "held", waited)
+            return calls, self._pass(call, calls, "held", waited)
         if desk.refuses:
             words = f"{call.model}: no room on the GPU within {waited:.0f} s; ask again later"
             return calls, desk.refusal(UPSTREAM, waited, _error(path, 503, words), None)
         logger.warning("{} waited {:.0f} s at the gateway and goes on without room on the GPU", call.model, waited)
-        return calls, self._pass(calls, "timeout", waited)
+        return calls, self._pass(call, calls, "timeout", waited)
 
-    def _pass(self, calls: _Model, outcome: Outcome, waited: float) -> Passage:
+    def _pass(self, call: Call, calls: _Model, outcome: Outcome, waited: float) -> Passage:
         calls.under_way += 1
+        if call.keep_alive_seconds is not None:
+            calls.kept_seconds = call.keep_alive_seconds
         return self._desk.told(UPSTREAM, outcome, waited)
 
     def over(self, calls: _Model) -> None:
         """A call that went on has ended, whatever the way."""
         calls.under_way -= 1
         calls.ended_at = self._desk.clock.monotonic()
+        calls.leaves_at = None if calls.kept_seconds is None else calls.ended_at + calls.kept_seconds
 
     async def _wait(self, call: Call, calls: _Model, state: _State, until: float, key: object) -> bool:
         """Until the call may pass; False: `until` came first."""
@@ -285,10 +295,11 @@ class OllamaGate:
         return any(self._same(canonical(model), name) for model in leaves)
 
     def _expires_soon(self, model: LoadedModel) -> bool:
-        if model.expires_at is None:
-            return False
-        left = (model.expires_at - self._desk.clock.utcnow()).total_seconds()
-        return -EXPIRED_SECONDS < left < EXPIRES_SOON_SECONDS
+        left = [] if model.expires_at is None else [(model.expires_at - self._desk.clock.utcnow()).total_seconds()]
+        now = self._desk.clock.monotonic()
+        mine = (calls.leaves_at for calls in self._models.values() if self._is(model, calls.name))
+        left += [at - now for at in mine if at is not None]
+        return any(-EXPIRED_SECONDS < seconds < EXPIRES_SOON_SECONDS for seconds in left)
 
     async def _opened(self, call: Call, calls: _Model, until: float, *, afresh: bool) -> Answer | None:
         """The desk's answer, which all who wait for this model share; None: not in time, or nothing can be said."""

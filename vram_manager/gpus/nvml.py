@@ -59,10 +59,12 @@ class NvmlSensor:
         request = _Request(with_processes, now, Future())
         self._ask(request)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(request.answer), self._deadline_seconds)
+            # Not wait_for: before Python 3.12 it loses a cancel that meets the answer, and its task goes on for ever.
+            async with asyncio.timeout(self._deadline_seconds):
+                return await asyncio.wrap_future(request.answer)
         except TimeoutError:
             # Whatever is on the thread now is what hangs, be it this request or one before it. A request that
-            # has not begun is cancelled by wait_for, and the thread passes over it.
+            # has not begun is cancelled with the wait for it, and the thread passes over it.
             self._overdue = self._under_way
             raise TimedOut(f"NVML did not answer within {self._deadline_seconds:g} s", _HANG_REMEDY) from None
 

@@ -47,7 +47,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Room:
-    """One GPU a request may use: what it needs there and what it could have."""
+    """One GPU a request may use: what it needs there and what it could have.
+
+    `reach_bytes` is what could be had there in the end; None: not reckoned yet.
+    """
 
     gpu: Gpu
     memory: GpuMemory
@@ -55,6 +58,7 @@ class _Room:
     need_bytes: int
     available_bytes: int
     reclaimable_bytes: int
+    reach_bytes: int | None = None
 
     @property
     def shortfall_bytes(self) -> int:
@@ -165,71 +169,119 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rules: 
         hold = 0 if held is None else held.bytes
         idle = isinstance(snapshot.queue, Seen) and snapshot.queue.value.idle
         leased = snapshot.leased_on(gpu.uuid)
-        own = _own_bytes(request, snapshot)
+        own = _own_bytes(request, held, gpu, gpu.memory, snapshot, gpus, book, rules)
         if request.for_comfyui:
-            # ComfyUI makes room for its own next prompt: what it holds, and what was promised to its last one, is
-            # there for it already. What is only perhaps ComfyUI's is promised to nobody, but holds up no prompt.
-            sure = held is not None and held.expected_bytes is not None
-            # Its own numbers may be older than NVML's: what is free by now is not in use as well.
-            others = ollama_bytes(snapshot, gpus, gpu, rules)
-            rest = gpu.memory.taken_bytes - (others if isinstance(others, int) else 0) - _coming_to_ollama(book, gpu)
-            own = min(hold, max(0, rest)) if sure or request.at_gateway else 0
+            # What was promised to its last prompt is there for its next one already.
             leased -= _promised_to_comfyui(book, gpu)
-        available = max(0, gpu.memory.free_bytes - leased)
+            if request.at_gateway and leased > 0:
+                # It lets go of its own only where free memory does not suffice, whomever that was promised to.
+                own = 0
+        # Promises beyond what is free come out of its own: what is in use may be theirs by now, and not seen as such.
+        available = max(0, gpu.memory.free_bytes - leased + own)
         required = request.estimate.size.on(gpu.memory.usable_bytes)
         if request.for_comfyui and request.estimate.source is Source.FILES:
             # It loads its files in turns where they do not fit together: it never needs more than the card.
             required = min(required, max(0, gpu.memory.usable_bytes - request.margin_bytes))
+        reach: int | None = None
         if request.at_gateway:
-            # It goes on in the end: with as much as can be had, where all of it cannot.
             # The most of the last seconds, as what is on its way from one to another is in nobody's numbers.
-            now = _reach(gpu, gpu.memory, hold, snapshot, gpus, book, rules)
-            most = max(now, snapshot.reachable_bytes.get(gpu.uuid, 0))
-            required = max(0, min(required, most - SLACK_BYTES - request.margin_bytes))
+            now = _reach(gpu, gpu.memory, hold + _may_leave_bytes(request, gpu, snapshot, gpus, rules), book)
+            reach = max(now, snapshot.reachable_bytes.get(gpu.uuid, 0))
         rooms.append(
             _Room(
                 gpu=gpu,
                 memory=gpu.memory,
                 required_bytes=required,
                 need_bytes=required + request.margin_bytes,
-                available_bytes=available + own,
+                available_bytes=available,
+                reach_bytes=reach,
                 reclaimable_bytes=(hold if idle and not request.for_comfyui else 0)
                 + _idle_models_bytes(request, gpu, snapshot, gpus, rules),
             )
         )
     causes = [f"GPU {gpu.index}: {gpu.memory.why}" for gpu in candidates if isinstance(gpu.memory, Missing)]
-    return rooms or Missing("; ".join(causes))
+    return _within_reach(rooms, request) or Missing("; ".join(causes))
+
+
+def _within_reach(rooms: list[_Room], request: Request) -> list[_Room]:
+    """A call at a gateway goes on in the end: with as much as can be had on any GPU, where all of it cannot."""
+    most = max((room.reach_bytes for room in rooms if room.reach_bytes is not None), default=None)
+    if most is None:
+        return rooms
+    needs = [max(0, min(room.need_bytes, most - SLACK_BYTES)) for room in rooms]
+    return [
+        replace(room, need_bytes=need, required_bytes=max(0, need - request.margin_bytes))
+        for room, need in zip(rooms, needs, strict=True)
+    ]
 
 
 def _promised_to_comfyui(book: Book, gpu: Gpu) -> int:
     return sum(one.outstanding_bytes for one in book.leases.values() if one.for_comfyui and one.gpu == gpu.uuid)
 
 
-def _coming_to_ollama(book: Book, gpu: Gpu) -> int:
-    """What a model that loads may have in use by now, though Ollama lists it only when it is loaded."""
-    leases = (one for one in book.leases.values() if one.gpu == gpu.uuid and one.estimate.for_ollama)
-    return sum(one.outstanding_bytes for one in leases)
+def _own_bytes(
+    request: Request,
+    held: Hold | None,
+    gpu: Gpu,
+    memory: GpuMemory,
+    snapshot: Snapshot,
+    gpus: Gpus,
+    book: Book,
+    rules: Rules,
+) -> int:
+    """What is in use on `gpu` and is let go of for `request`.
 
-
-def _own_bytes(request: Request, snapshot: Snapshot) -> int:
-    """What Ollama lets go of before it loads the same model anew: its present load."""
-    if not request.estimate.for_ollama or not isinstance(snapshot.ollama, Seen):
+    ComfyUI makes room for its own next prompt. What is only perhaps its is promised to nobody, but holds up no call
+    at the gateway. Ollama lets go of a model that it loads anew.
+    """
+    sure = 0 if held is None else held.torch_bytes if held.expected_bytes is None else held.bytes
+    if request.for_comfyui:
+        own = held.bytes if held is not None and (held.expected_bytes is not None or request.at_gateway) else 0
+        by_ollama = ollama_bytes(snapshot, gpus, gpu, rules)
+        others = by_ollama if isinstance(by_ollama, int) else 0
+    elif request.estimate.for_ollama:
+        models = _models_on(gpu, snapshot, gpus, rules)
+        own = sum(model.size_vram_bytes for model in models if model.digest == request.estimate.digest)
+        others = sum(model.size_vram_bytes for model in models) - own + sure
+    else:
         return 0
-    models = snapshot.ollama.value.models
-    return sum(model.size_vram_bytes for model in models if model.digest == request.estimate.digest)
+    # The holder's own numbers may be older than NVML's: what others have by now, or nobody, it has no more.
+    return min(own, max(0, memory.taken_bytes - others - _shown_of_workers(book, gpu)))
+
+
+def _shown_of_workers(book: Book, gpu: Gpu) -> int:
+    leases = (one for one in book.leases.values() if one.gpu == gpu.uuid)
+    return sum(one.visible_bytes for one in leases if not (one.for_comfyui or one.estimate.for_ollama))
+
+
+def _models_on(gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> tuple[LoadedModel, ...]:
+    """Ollama's models, if it is known that they are on `gpu`."""
+    if not isinstance(snapshot.ollama, Seen) or ollama_gpu(gpus, rules) is not gpu:
+        return ()
+    return snapshot.ollama.value.models
+
+
+def _may_be_asked(gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> list[LoadedModel]:
+    """The models on `gpu` that we ask to leave once they are idle."""
+    models = _models_on(gpu, snapshot, gpus, rules) if rules.evict else ()
+    return [model for model in models if canonical(model.name) not in rules.pinned]
 
 
 def _idle_models_bytes(request: Request, gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> int:
     """What Ollama's idle models on `gpu` would give back if they were asked to leave."""
-    if not rules.evict or not isinstance(snapshot.ollama, Seen) or ollama_gpu(gpus, rules) is not gpu:
-        return 0
     return sum(
         model.size_vram_bytes
-        for model in snapshot.ollama.value.models
-        if canonical(model.name) not in rules.pinned
-        and model.digest != request.estimate.digest
-        and in_use(model, snapshot.taken_at, 0.0) is None
+        for model in _may_be_asked(gpu, snapshot, gpus, rules)
+        if model.digest != request.estimate.digest and in_use(model, snapshot.taken_at, 0.0) is None
     )
+
+
+def _may_leave_bytes(request: Request | None, gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> int:
+    """What Ollama's models on `gpu` would give back in time: those that may be asked, and the one to be loaded anew."""
+    names = {model.name for model in _may_be_asked(gpu, snapshot, gpus, rules)}
+    anew = request.estimate.digest if request is not None else None
+    models = _models_on(gpu, snapshot, gpus, rules)
+    return sum(model.size_vram_bytes for model in models if model.name in names or model.digest == anew)
 
 
 def _comfyui_on(gpu: Gpu, snapshot: Snapshot, gpus: Gpus, rules: Rules) -> Hold | None:
@@ -274,10 +326,11 @@ def _or_dry_run(request: Request, rules: Rules, verdict: Verdict) -> Verdict:
     return replace(verdict, admitted=True, dry_run=True, reason=f"DRY RUN: would refuse: {verdict.reason}")
 
 
-def _need(request: Request, room: _Room) -> str:
-    if not request.margin_bytes:
+def _need(room: _Room) -> str:
+    margin = room.need_bytes - room.required_bytes
+    if not margin:
         return f"need {gib(room.need_bytes)}"
-    parts = f"{room.required_bytes / GIB:.1f} + {request.margin_bytes / GIB:.1f} safety margin"
+    parts = f"{room.required_bytes / GIB:.1f} + {margin / GIB:.1f} safety margin"
     return f"need {gib(room.need_bytes)} ({parts})"
 
 
@@ -288,7 +341,7 @@ def _name(gpu: Gpu) -> str:
 def _too_large(request: Request, room: _Room) -> str:
     total = f"{_name(room.gpu)} has {gib(room.memory.usable_bytes)} in all"
     remedy = "use a larger GPU, a smaller model" + (" or a smaller margin" if request.margin_bytes else "")
-    return f"Insufficient GPU memory: {_need(request, room)}, {total}: no waiting helps; {remedy}"
+    return f"Insufficient GPU memory: {_need(room)}, {total}: no waiting helps; {remedy}"
 
 
 def _insufficient(
@@ -306,7 +359,7 @@ def _insufficient(
         why = f"kept for {kept_for}"
     else:
         why = _holder(room, snapshot, gpus, book, rules)
-    words = f"Insufficient GPU memory: {_need(request, room)}, {where}; {why}"
+    words = f"Insufficient GPU memory: {_need(room)}, {where}; {why}"
     if eta is not None:
         words += f", ETA {_seconds(eta)}"
     fits = room.available_bytes - request.margin_bytes
@@ -503,13 +556,17 @@ def _kept_for(ticket: Ticket, snapshot: Snapshot, book: Book, rules: Rules) -> d
 
 def _in_reach(room: _Room, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Rules) -> int:
     """What could become available there once leases end and tenants give way; what nobody accounts for stays."""
+    if room.reach_bytes is not None:
+        return room.reach_bytes
     held = _comfyui_on(room.gpu, snapshot, gpus, rules)
-    own = 0 if held is None else held.bytes
-    return _reach(room.gpu, room.memory, own, snapshot, gpus, book, rules)
+    tenants = 0 if held is None else held.bytes
+    if isinstance(snapshot.ollama, Seen) and can_use(room.gpu, gpus, rules):
+        tenants += sum(model.size_vram_bytes for model in snapshot.ollama.value.models)
+    return _reach(room.gpu, room.memory, tenants, book)
 
 
 def reachable(snapshot: Snapshot, book: Book, rules: Rules) -> dict[str, int]:
-    """What could be had on each GPU by now, were every tenant to give way."""
+    """What could be had on each GPU by now, were every tenant to give way that can be asked to."""
     gpus = gpus_seen(snapshot)
     found: dict[str, int] = {}
     if isinstance(gpus, Missing):
@@ -518,16 +575,14 @@ def reachable(snapshot: Snapshot, book: Book, rules: Rules) -> dict[str, int]:
         if isinstance(gpu.memory, GpuMemory):
             held = _comfyui_on(gpu, snapshot, gpus, rules)
             hold = 0 if held is None else held.bytes
-            found[gpu.uuid] = _reach(gpu, gpu.memory, hold, snapshot, gpus, book, rules)
+            tenants = hold + _may_leave_bytes(None, gpu, snapshot, gpus, rules)
+            found[gpu.uuid] = _reach(gpu, gpu.memory, tenants, book)
     return found
 
 
-def _reach(
-    gpu: Gpu, memory: GpuMemory, comfyui_bytes: int, snapshot: Snapshot, gpus: Gpus, book: Book, rules: Rules
-) -> int:
-    own = comfyui_bytes
-    if isinstance(snapshot.ollama, Seen) and can_use(gpu, gpus, rules):
-        own += sum(model.size_vram_bytes for model in snapshot.ollama.value.models)
+def _reach(gpu: Gpu, memory: GpuMemory, tenants_bytes: int, book: Book) -> int:
+    """What is free, and what the tenants and the holders of leases have."""
+    own = tenants_bytes
     for lease in book.leases.values():
         if lease.gpu == gpu.uuid:
             # While a model or a prompt loads, only its promise tells whose memory that is.
@@ -537,8 +592,9 @@ def _reach(
 
 
 def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
-    """What the daemon should make room for: the first in line on each GPU."""
+    """What the daemon should make room for: the first in line on each GPU whom that could help, else the first."""
     asks: dict[str | None, Demand] = {}
+    in_vain: dict[str | None, Demand] = {}
     gpus = gpus_seen(snapshot)
     if isinstance(gpus, Missing):
         return ()
@@ -552,7 +608,8 @@ def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
         gpu = rooms[0].gpu.uuid if len(rooms) == 1 else None
         # What is free beside all promises must grow by what is missing: its own is there for it without that.
         need = min(_free(room, snapshot) + room.shortfall_bytes for room in rooms)
-        asks.setdefault(
+        helps = any(room.need_bytes <= _in_reach(room, snapshot, gpus, book, rules) for room in rooms)
+        (asks if helps else in_vain).setdefault(
             gpu,
             Demand(
                 kind=Kind.WAITING,
@@ -567,7 +624,7 @@ def demands(book: Book, snapshot: Snapshot, rules: Rules) -> tuple[Demand, ...]:
                 model=request.estimate.digest if request.estimate.for_ollama else None,
             ),
         )
-    return tuple(asks.values())
+    return tuple((in_vain | asks).values())
 
 
 def _free(room: _Room, snapshot: Snapshot) -> int:
@@ -590,13 +647,18 @@ def gives_way(model: LoadedModel, book: Book, snapshot: Snapshot, rules: Rules) 
     if not rules.evict or canonical(model.name) in rules.pinned or isinstance(gpus, Missing):
         return None
     gpu = ollama_gpu(gpus, rules)
+    if isinstance(gpu, Missing) or not model.size_vram_bytes:
+        return None
+    busy = [one for one in _may_be_asked(gpu, snapshot, gpus, rules) if one.requests]
     for ticket in in_order(book, snapshot.taken_at):
         request, waited = ticket.request, snapshot.taken_at - ticket.since
         if waited < overtaking_seconds(request, rules) or request.estimate.digest == model.digest:
             continue
         rooms = _rooms(request, snapshot, gpus, book, rules)
         room = None if isinstance(rooms, Missing) else next((one for one in rooms if one.gpu is gpu), None)
-        if room is None or room.shortfall_bytes == 0 or room.need_bytes > _in_reach(room, snapshot, gpus, book, rules):
+        # While even all models together are not enough, somebody else has to move first.
+        more = sum(one.size_vram_bytes for one in busy if one.digest != request.estimate.digest)
+        if room is None or not 0 < room.shortfall_bytes <= room.reclaimable_bytes + more:
             continue
         others = room.reclaimable_bytes - (0 if model.requests else model.size_vram_bytes)
         if others < room.shortfall_bytes:
@@ -620,4 +682,6 @@ def lease_of(request: Request, verdict: Verdict, lease_id: str, now: float) -> L
         expires_at=now + request.ttl_seconds,
         for_comfyui=request.for_comfyui,
         pid=request.pid,
+        at_gateway=request.at_gateway,
+        new_files=request.new_files,
     )

@@ -291,7 +291,9 @@ def _used(lease: Lease, now_there: Sight, there_bytes: int, now: float) -> int |
     ran = now_there.runs is not None and now_there.runs != lease.runs_before
     if lease.for_comfyui:
         appeared = there_bytes - lease.left_bytes - (lease.unaccounted_bytes or 0) if ran else 0
-        return max(0, now_there.hold_bytes, 0 if lease.unaccounted_bytes is None else appeared)
+        # What it held before is no part of a prompt with other files, and stays as long as free memory suffices.
+        held = 0 if lease.new_files else now_there.hold_bytes
+        return max(0, held, 0 if lease.unaccounted_bytes is None else appeared)
     if lease.unaccounted_bytes is None or now - lease.granted_at < CLAIM_WINDOW_SECONDS:
         return None
     if ran and now_there.comfyui_may_hide:
