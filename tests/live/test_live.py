@@ -29,6 +29,7 @@ from vram_manager.domain.decision import ManualFree
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.errors import SensorError
+from vram_manager.gateway.proxy import PlainGate, Proxy
 from vram_manager.gpus.nvml import NvmlSensor
 from vram_manager.store import Store
 
@@ -64,6 +65,7 @@ async def real_daemon(directory: Path) -> AsyncIterator[Daemon]:
         policy=config.PolicySettings.model_construct(vram_threshold=100.0, vram_unload_threshold=100.0),
         gpu=config.GpuSettings.model_construct(),
         admission=config.AdmissionSettings.model_construct(),
+        gateway=config.GatewaySettings.model_construct(ollama_evict=False, vram_repair_fallback=False),
         service=config.ServiceSettings.model_construct(),
     )
     async with nvml() as sensor, contextlib.AsyncExitStack() as stack:
@@ -276,3 +278,37 @@ async def test_a_real_gpu_reading_drives_a_whole_turn(tmp_path: Path) -> None:
 
 def _inputs(inputs: Any) -> list[dict[str, Any]]:
     return list(inputs["gpus"])
+
+
+@contextlib.asynccontextmanager
+async def through_a_gateway(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
+    """Two clients of the same server: one asks it directly, the other through a proxy that decides nothing."""
+    proxy = Proxy(url, PlainGate(), rewrite_host=True)
+    await proxy.listen("127.0.0.1", 0)
+    try:
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=PATIENCE_SECONDS) as direct,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.address[1]}", timeout=PATIENCE_SECONDS) as proxied,
+        ):
+            yield direct, proxied
+    finally:
+        await proxy.close(0.0)
+
+
+async def said(client: httpx.AsyncClient, path: str) -> tuple[int, bytes, str | None]:
+    response = await client.get(path)
+    return response.status_code, response.content, response.headers.get("content-type")
+
+
+@needs_ollama
+@pytest.mark.parametrize("path", ["/", "/api/version", "/api/tags", "/v1/models", "/api/nothing-of-that-name"])
+async def test_ollama_answers_the_same_through_the_proxy(path: str) -> None:
+    async with through_a_gateway(OLLAMA_URL) as (direct, proxied):
+        assert await said(proxied, path) == await said(direct, path)
+
+
+@needs_comfyui
+@pytest.mark.parametrize("path", ["/", "/features", "/api/queue", "/models", "/api/nothing-of-that-name"])
+async def test_comfyui_answers_the_same_through_the_proxy(path: str) -> None:
+    async with through_a_gateway(COMFYUI_URL) as (direct, proxied):
+        assert await said(proxied, path) == await said(direct, path)

@@ -328,6 +328,13 @@ def test_of_two_in_use_both_give_way_where_both_are_needed() -> None:
     assert named(prompt(16), models=(BUSY, other), of=other, free_gib=6) is not None
 
 
+def test_a_model_that_is_waited_for_in_another_context_does_not_give_way_to_itself() -> None:
+    other = replace(BUSY, name="other", digest="sha-other")
+    asked = request(15, about=replace(of_ollama(15, BUSY.digest), context=8192))
+    assert named(asked, models=(BUSY, other), waited=60.0) is None
+    assert named(asked, models=(BUSY, other), of=other, waited=60.0) is not None
+
+
 def test_what_the_waited_for_model_has_itself_is_not_counted_on_twice() -> None:
     own = replace(BUSY, name="own", digest="sha-own")
 

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from loguru import logger
 
 from vram_manager.admissions import Answer, NoSuchLease, OtherRequest, Stopping, TooMany
-from vram_manager.domain.action import UnloadModel
+from vram_manager.domain.action import FreeComfyUI, UnloadModel
 from vram_manager.domain.decision import ManualFree
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.lease import Estimate, Lease, Priority, Request, Source
@@ -288,11 +288,11 @@ class OllamaGate:
         return gives_way(model, desk.admissions.book, desk.admissions.snapshot(), rules) or _Go.PASS
 
     def _is_leaving(self, name: str) -> bool:
-        watch = self._desk.cycle.watch
-        leaves = [watch.mending.model.name] if watch.mending is not None else []
-        if watch.pending is not None and isinstance(watch.pending.action, UnloadModel):
-            leaves.append(watch.pending.action.model)
-        return any(self._same(canonical(model), name) for model in leaves)
+        """An unload or a load of ours is under way. One that only waits to be loaded again is left to who asks."""
+        pending = self._desk.cycle.watch.pending
+        if pending is None or isinstance(pending.action, FreeComfyUI):
+            return False
+        return self._same(canonical(pending.action.model), name)
 
     def _expires_soon(self, model: LoadedModel) -> bool:
         left = [] if model.expires_at is None else [(model.expires_at - self._desk.clock.utcnow()).total_seconds()]

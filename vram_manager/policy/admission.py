@@ -173,8 +173,8 @@ def _rooms(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rules: 
         if request.for_comfyui:
             # What was promised to its last prompt is there for its next one already.
             leased -= _promised_to_comfyui(book, gpu)
-            if request.at_gateway and leased > 0:
-                # It lets go of its own only where free memory does not suffice, whomever that was promised to.
+            if request.at_gateway and request.new_files and leased > 0:
+                # It lets go of other files only where free memory does not suffice, whomever that was promised to.
                 own = 0
         # Promises beyond what is free come out of its own: what is in use may be theirs by now, and not seen as such.
         available = max(0, gpu.memory.free_bytes - leased + own)

@@ -77,7 +77,7 @@ def cooldown(
     seconds, last = rules.cooldown_seconds, posted_at.get(target)
     turn = turn_seconds(demand, rules)
     if demand is not None and turn is not None and last is not None:
-        seconds = max(rules.post_spacing_seconds, min(seconds, demand.since + turn - last))
+        seconds = min(seconds, max(rules.post_spacing_seconds, demand.since + turn - last))
     return spacing(target, posted_at, seconds, now, "cooldown")
 
 
