@@ -231,7 +231,7 @@ WRONG = [
     ("GATEWAY_OLLAMA_PORT", "0", "greater than or equal to 1"),
     ("GATEWAY_OLLAMA_PORT", "ollama", "integer"),
     ("GATEWAY_COMFYUI_PORT", "65536", "less than or equal to 65535"),
-    ("GATEWAY_MAX_WAIT", "-1", "greater than or equal to 0"),
+    ("GATEWAY_MAX_WAIT", "-1", "greater than or equal to 1"),
     ("GATEWAY_MAX_WAIT", "3601", "less than or equal to 3600"),
     ("GATEWAY_MAX_WAIT", "nan", ""),
     ("GATEWAY_ON_TIMEOUT", "reject", "'forward' or 'refuse'"),
