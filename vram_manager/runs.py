@@ -7,6 +7,7 @@ Ollama's idle models' hands can still leave while ComfyUI reads its files.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from vram_manager.backends import ComfyUI
@@ -32,7 +33,7 @@ class Runs:
         self._comfyui = comfyui
         self._estimates = estimates
         self._rules = rules
-        self._busy = asyncio.Event()
+        self._began = asyncio.Event()
         self._run: int | None = None
         self._since = 0.0
         self._need_bytes: int | None = None
@@ -52,7 +53,7 @@ class Runs:
             return ()
         if self._run is None:
             self._run, self._since = queue.runs, snapshot.taken_at
-            self._busy.set()
+            self._began.set()
         found = self._held(snapshot)
         if found is None:
             return ()
@@ -62,11 +63,14 @@ class Runs:
         return self._demand(gpu, held, queue, snapshot)
 
     async def run(self) -> None:
-        """Asks what is in the queue while ComfyUI works, until cancelled."""
+        """Asks what is in the queue as soon as ComfyUI begins, and while it works, until cancelled."""
         while self._comfyui is not None:
-            await self._busy.wait()
-            await self._ask(self._comfyui)
-            await asyncio.sleep(ASK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if self._run is None else ASK_SECONDS):
+                    await self._began.wait()
+            self._began.clear()
+            if self._run is not None:
+                await self._ask(self._comfyui)
 
     async def _ask(self, comfyui: ComfyUI) -> None:
         run = self._run
@@ -90,7 +94,6 @@ class Runs:
             self._estimates.learn(next(iter(self._subjects)), peak_bytes=self._peak_bytes)
         self._run, self._need_bytes, self._peak_bytes = None, None, 0
         self._subjects = set()
-        self._busy.clear()
 
     def _held(self, snapshot: Snapshot) -> tuple[Gpu, Hold] | None:
         gpus = gpus_seen(snapshot)
