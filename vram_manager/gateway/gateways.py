@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from vram_manager.config import Settings
 from vram_manager.domain.snapshot import OllamaState, Snapshot
 from vram_manager.errors import SettingsError
-from vram_manager.gateway.comfyui import ComfyUIGate
-from vram_manager.gateway.ollama import OllamaGate
-from vram_manager.gateway.proxy import Gate, Proxy
 from vram_manager.gateway.waiting import Desk, Waiter
+
+if TYPE_CHECKING:
+    from vram_manager.gateway.comfyui import ComfyUIGate
+    from vram_manager.gateway.ollama import OllamaGate
+    from vram_manager.gateway.proxy import Gate, Proxy
 
 # Docker sends SIGKILL 10 s after SIGTERM.
 STOP_GRACE_SECONDS = 5.0
@@ -29,12 +32,19 @@ class Gateways:
         self._desk = desk
         self._host = gateway.gateway_host
         self._grace_seconds = STOP_GRACE_SECONDS
-        self.ollama = OllamaGate(desk) if gateway.gateway_ollama_port and settings.ollama.ollama_url else None
-        self.comfyui = ComfyUIGate(desk) if gateway.gateway_comfyui_port and settings.comfyui.comfyui_url else None
+        self.ollama: OllamaGate | None = None
+        self.comfyui: ComfyUIGate | None = None
         self._doors: list[tuple[str, int, Gate, bool]] = []
-        if self.ollama is not None and gateway.gateway_ollama_port:
+        # Here, because together they cost 1 MiB that a daemon without gateways need not have.
+        if gateway.gateway_ollama_port and settings.ollama.ollama_url:
+            from vram_manager.gateway.ollama import OllamaGate  # noqa: PLC0415
+
+            self.ollama = OllamaGate(desk)
             self._doors.append((settings.ollama.ollama_url, gateway.gateway_ollama_port, self.ollama, True))
-        if self.comfyui is not None and gateway.gateway_comfyui_port:
+        if gateway.gateway_comfyui_port and settings.comfyui.comfyui_url:
+            from vram_manager.gateway.comfyui import ComfyUIGate  # noqa: PLC0415
+
+            self.comfyui = ComfyUIGate(desk)
             self._doors.append((settings.comfyui.comfyui_url, gateway.gateway_comfyui_port, self.comfyui, False))
 
     def served(self, ollama: OllamaState) -> OllamaState:
@@ -69,9 +79,13 @@ class Gateways:
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """The ports are open inside the block; what is under way at its end has some seconds to finish."""
+        if not self._doors:
+            yield
+            return
+        from vram_manager.gateway.proxy import Proxy  # noqa: PLC0415
+
         proxies: list[Proxy] = []
-        if self._doors:
-            _more_descriptors()
+        _more_descriptors()
         try:
             for url, port, gate, rewrite_host in self._doors:
                 proxy = Proxy(url, gate, rewrite_host=rewrite_host)

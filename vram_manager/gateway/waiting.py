@@ -14,7 +14,7 @@ from vram_manager.cycle import Cycle
 from vram_manager.domain.event import Event
 from vram_manager.domain.lease import Request
 from vram_manager.estimates import Estimates
-from vram_manager.gateway.proxy import Passage, Reply
+from vram_manager.gateway.head import Passage, Reply
 from vram_manager.observer import Observer
 
 # Let through at once; after a wait; with the wait over and no room; answered with 503; not understood; no upstream.
