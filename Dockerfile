@@ -15,11 +15,11 @@ COPY pyproject.toml README.md ./
 COPY vram_manager ./vram_manager
 RUN /opt/hatchling/bin/python -m hatchling build -t wheel -d wheel \
     && python3 -m pip --python /opt/vram-manager/bin/python install --no-compile --no-deps --no-index wheel/*.whl
-# Nothing that never runs (nvidia-ml-py drops an example.py at the top), and bytecode that is never checked against
-# a time stamp: equal sources give equal files.
+# Nothing that never runs (nvidia-ml-py drops an example.py at the top, zstandard has a second backend of 12 MB), and
+# bytecode that is never checked against a time stamp: equal sources give equal files.
 RUN cd /opt/vram-manager/lib/python3*/site-packages \
     && find . -depth \( -type d \( -name test -o -name tests \) -o -name '*.c' -o -name '*.pyx' -o -name '*.pyi' \) -exec rm -rf {} + \
-    && rm -f example.py \
+    && rm -f example.py zstandard/*cffi* \
     && python3 -m compileall -q --invalidation-mode unchecked-hash .
 
 FROM ${PYTHON_IMAGE}
