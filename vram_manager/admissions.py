@@ -27,18 +27,10 @@ from vram_manager.journal import Journal
 from vram_manager.lease_records import LeaseRecords
 from vram_manager.observer import Observer
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import (
-    Pace,
-    demands,
-    in_order,
-    judge,
-    kept_before,
-    lease_of,
-    reachable,
-    unknown_gpu,
-    whose_turn,
-)
+from vram_manager.policy.admission import Pace, judge, lease_of, unknown_gpu
 from vram_manager.policy.leases import Families, account, at_grant, ended, granted, outstanding, overdue, put, renewed
+from vram_manager.policy.line import demands, in_order, kept_before, whose_turn
+from vram_manager.policy.rooms import reachable
 from vram_manager.processes import Processes
 from vram_manager.store import Store
 

@@ -28,8 +28,9 @@ from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.policy import Rules, decide
-from vram_manager.policy.admission import Pace, demands, eta_seconds, in_order, judge, kept_before, lease_of, whose_turn
+from vram_manager.policy.admission import Pace, eta_seconds, judge, lease_of
 from vram_manager.policy.leases import outstanding
+from vram_manager.policy.line import demands, in_order, kept_before, whose_turn
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 

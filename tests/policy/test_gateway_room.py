@@ -29,7 +29,8 @@ from vram_manager.domain.lease import Book, Lease, Request, Source, Verdict
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import SLACK_BYTES, judge, reachable
+from vram_manager.policy.admission import judge
+from vram_manager.policy.rooms import SLACK_BYTES, reachable
 
 SLACK_GIB = SLACK_BYTES / gib(1)
 

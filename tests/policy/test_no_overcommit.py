@@ -21,17 +21,9 @@ from vram_manager.domain.reading import Missing, Off, Seen
 from vram_manager.domain.size import GIB, MIB, Size
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, ProcessMemory, Snapshot
 from vram_manager.policy import Rules
-from vram_manager.policy.admission import (
-    AGEING_SECONDS,
-    OVERTAKING_SECONDS,
-    demands,
-    in_order,
-    judge,
-    kept_before,
-    lease_of,
-    whose_turn,
-)
+from vram_manager.policy.admission import judge, lease_of
 from vram_manager.policy.leases import account, at_grant, ended, granted, outstanding, overdue, put, renewed
+from vram_manager.policy.line import AGEING_SECONDS, OVERTAKING_SECONDS, demands, in_order, kept_before, whose_turn
 from vram_manager.simulator.ledger import Ledger
 
 MARGIN = 2 * GIB

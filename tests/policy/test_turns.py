@@ -33,12 +33,12 @@ from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import LoadedModel, Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.policy import Rules, decide
-from vram_manager.policy.admission import (
+from vram_manager.policy.admission import judge
+from vram_manager.policy.line import (
     OVERTAKING_SECONDS,
     demands,
     gives_way,
     in_order,
-    judge,
     kept_before,
     overtaking_seconds,
     whose_turn,

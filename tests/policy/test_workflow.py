@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vram_manager.policy.workflow import LoaderFile, WorkflowFacts, loader_files, workflow_facts, workflow_subject
+from vram_manager.policy.workflow import LoaderFile, WorkflowFacts, workflow_facts, workflow_subject
 
 CONTRACTS = Path(__file__).parents[1] / "contracts" / "comfyui"
 
@@ -24,6 +24,10 @@ def node(kind: str, **inputs: object) -> dict[str, Any]:
 
 def file(name: str, folder: str | None = None, share: float = 1.0) -> LoaderFile:
     return LoaderFile(folder=folder, name=name, share=share)
+
+
+def files_of(workflow: object) -> frozenset[LoaderFile]:
+    return workflow_facts(workflow).files
 
 
 def picture(checkpoint: str = "sdxl.safetensors", *, width: object = 1024, height: object = 1024) -> Workflow:
@@ -47,7 +51,7 @@ def test_the_files_of_a_workflow_are_found_with_their_folders():
         "11": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5.safetensors", type="flux"),
         "12": node("PreviewAny", a=["10", 0], b=["11", 0]),
     }
-    assert loader_files(workflow) == {
+    assert files_of(workflow) == {
         SDXL,
         file("sub/add.safetensors", "loras"),
         file("clip_l.safetensors", "text_encoders"),
@@ -61,7 +65,7 @@ def test_every_loader_input_that_the_servers_told_of_has_its_folder(name: str):
     assert len(told) >= 33
     for entry in told:
         workflow = {"1": node(entry["node"], **{entry["input"]: "a.safetensors"})}
-        assert loader_files(workflow) == {file("a.safetensors", *entry["folders"])}, entry
+        assert files_of(workflow) == {file("a.safetensors", *entry["folders"])}, entry
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_every_loader_input_that_the_servers_told_of_has_its_folder(name: str):
 )
 def test_whatever_node_names_a_file_of_weights_loads_it(extension: str):
     workflow = {"1": node("UnetLoaderGGUF", unet_name=f"flux{extension}", other="x.png", number=4)}
-    assert loader_files(workflow) == {file(f"flux{extension}")}
+    assert files_of(workflow) == {file(f"flux{extension}")}
 
 
 def test_names_that_are_no_file_are_none():
@@ -78,7 +82,7 @@ def test_names_that_are_no_file_are_none():
         "2": node("CLIPTextEncode", text="x" * 600 + ".safetensors"),
         "3": node("LoraStack", lora="None"),
     }
-    assert loader_files(workflow) == frozenset()
+    assert files_of(workflow) == frozenset()
 
 
 def test_a_node_with_a_row_for_each_file_loads_those_that_are_on():
@@ -90,7 +94,7 @@ def test_a_node_with_a_row_for_each_file_loads_those_that_are_on():
             lora_3={"lora": "c.safetensors"},
         )
     }
-    assert loader_files(workflow) == {file("a.safetensors"), file("c.safetensors")}
+    assert files_of(workflow) == {file("a.safetensors"), file("c.safetensors")}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_a_node_with_a_row_for_each_file_loads_those_that_are_on():
 )
 def test_weights_cast_to_8_bits_take_half_unless_they_were_so_before(name: str, dtype: object, share: float):
     workflow = {"1": node("UNETLoader", unet_name=name, weight_dtype=dtype)}
-    assert loader_files(workflow) == {file(name, "diffusion_models", share)}
+    assert files_of(workflow) == {file(name, "diffusion_models", share)}
 
 
 def test_a_loader_that_nobody_uses_loads_nothing():
@@ -113,17 +117,17 @@ def test_a_loader_that_nobody_uses_loads_nothing():
         "20": node("CheckpointLoaderSimple", ckpt_name="left-over.safetensors"),
         "21": node("LoraLoader", lora_name="left-over.safetensors", model=["20", 0], clip=["20", 1]),
     }
-    assert loader_files(workflow) == {SDXL}
+    assert files_of(workflow) == {SDXL}
 
 
 def test_nodes_that_only_use_each_other_do_not_run():
     workflow = picture() | {"20": node("A", file="a.bin", b=["21", 0]), "21": node("B", a=["20", 0])}
-    assert loader_files(workflow) == {SDXL}
+    assert files_of(workflow) == {SDXL}
 
 
 def test_where_every_node_is_on_a_circle_all_count():
     workflow = {"1": node("A", file="a.bin", b=["2", 0]), "2": node("B", file="b.bin", a=["1", 0])}
-    assert loader_files(workflow) == {file("a.bin"), file("b.bin")}
+    assert files_of(workflow) == {file("a.bin"), file("b.bin")}
 
 
 def test_a_circle_that_feeds_an_output_is_walked_once():
@@ -132,28 +136,28 @@ def test_a_circle_that_feeds_an_output_is_walked_once():
         "2": node("B", file="b.bin", a=["1", 0]),
         "3": node("Save", a=["1", 0]),
     }
-    assert loader_files(workflow) == {file("a.bin"), file("b.bin")}
+    assert files_of(workflow) == {file("a.bin"), file("b.bin")}
 
 
 def test_a_node_that_uses_itself_ends_the_walk():
-    assert loader_files({"1": node("A", file="a.bin", me=["1", 0])}) == {file("a.bin")}
+    assert files_of({"1": node("A", file="a.bin", me=["1", 0])}) == {file("a.bin")}
 
 
 def test_where_there_are_only_loaders_all_count():
-    assert loader_files({"1": node("CheckpointLoaderSimple", ckpt_name="a.ckpt")}) == {file("a.ckpt", "checkpoints")}
+    assert files_of({"1": node("CheckpointLoaderSimple", ckpt_name="a.ckpt")}) == {file("a.ckpt", "checkpoints")}
 
 
 def test_links_may_lead_nowhere_and_may_be_numbers():
     workflow = {"1": node("Save", a=["nowhere", 0], b=[2, 0]), "2": node("VAELoader", vae_name="a.pt")}
-    assert loader_files(workflow) == {file("a.pt", "vae")}
+    assert files_of(workflow) == {file("a.pt", "vae")}
 
 
 def test_a_body_that_holds_a_prompt_is_that_prompt():
-    assert loader_files({"prompt": picture(), "client_id": "x"}) == {SDXL}
+    assert files_of({"prompt": picture(), "client_id": "x"}) == {SDXL}
 
 
 def test_a_node_called_prompt_is_a_node():
-    assert loader_files({"prompt": node("Load", file="a.bin")}) == {file("a.bin")}
+    assert files_of({"prompt": node("Load", file="a.bin")}) == {file("a.bin")}
 
 
 @pytest.mark.parametrize(
@@ -176,28 +180,28 @@ def test_what_is_no_workflow_names_nothing(nonsense: object):
 
 
 def test_a_class_that_is_no_text_is_an_unknown_one():
-    assert loader_files({"1": {"class_type": 7, "inputs": {"ckpt_name": "a.ckpt"}}}) == {file("a.ckpt")}
-    assert loader_files({"1": {"inputs": {"ckpt_name": "a.ckpt"}}}) == {file("a.ckpt")}
+    assert files_of({"1": {"class_type": 7, "inputs": {"ckpt_name": "a.ckpt"}}}) == {file("a.ckpt")}
+    assert files_of({"1": {"inputs": {"ckpt_name": "a.ckpt"}}}) == {file("a.ckpt")}
 
 
 def test_a_chain_of_a_hundred_thousand_nodes_is_walked_to_its_end():
     workflow = {str(number): node("Pass", source=[str(number + 1), 0]) for number in range(100_000)}
     workflow["100000"] = node("Load", file="a.bin")
-    assert loader_files(workflow) == {file("a.bin")}
+    assert files_of(workflow) == {file("a.bin")}
 
 
 def test_a_value_nested_as_deeply_as_json_allows_is_passed_over():
     deep: Any = "a.bin"
     for _ in range(100_000):
         deep = [deep]
-    assert loader_files({"1": node("A", deep=deep, file="b.bin")}) == {file("b.bin")}
+    assert files_of({"1": node("A", deep=deep, file="b.bin")}) == {file("b.bin")}
     while isinstance(deep, list):  # taken apart by hand: freeing it all at once would go as deep
         deep = deep.pop()
 
 
 def test_a_workflow_names_256_files_at_most():
     workflow = {str(number): node("Load", file=f"{number:04d}.bin") for number in range(300)}
-    assert loader_files(workflow) == {file(f"{number:04d}.bin") for number in range(256)}
+    assert files_of(workflow) == {file(f"{number:04d}.bin") for number in range(256)}
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ from vram_manager.gateway.calls import Call, Looked, look_at
 from vram_manager.gateway.proxy import Head, Held, Passage, Reply
 from vram_manager.gateway.waiting import Desk, Outcome, Waiter, for_ever
 from vram_manager.policy.accounting import gpus_seen
-from vram_manager.policy.admission import gives_way
 from vram_manager.policy.demands import fallback_key, on_cpu
 from vram_manager.policy.estimate import canonical
 from vram_manager.policy.frozen import in_the_way
+from vram_manager.policy.line import gives_way
 from vram_manager.policy.repair import foreseen
 
 UPSTREAM = "ollama"

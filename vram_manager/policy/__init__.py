@@ -3,9 +3,10 @@
 `decide` is the public door and repeats the numbered tree; the other files are its words: `accounting` (who
 holds what), `demands` (who needs what), `pressure`, `plan` and `evict` (what could be had), `guards` (why not now),
 `settle` (has it come back?), `conclude` (what that taught), `repair` (models that fell to the CPU), `manual` (what a
-person asks for), `cadence` (when to look again). Beside the tree stand the rules of the desk: `admission` (may I?
-whose turn is it?), `leases` (what is promised and not yet visible), `limits` and `leaks` of workers, `estimate` and
-`workflow` (how much will it need?). `Rules` is all they know of the settings.
+person asks for), `cadence` (when to look again). Beside the tree stand the rules of the desk: `admission` (may I?),
+`rooms` (what could be had where), `line` (whose turn is it?), `leases` (what is promised and not yet visible), `frozen`
+(what Ollama believes), `limits` and `leaks` of workers, `estimate` and `workflow` (how much will it need?). `Rules` is
+all they know of the settings.
 """
 
 from vram_manager.policy.cadence import beat_seconds

@@ -95,11 +95,6 @@ def workflow_facts(workflow: object) -> WorkflowFacts:
     )
 
 
-def loader_files(workflow: object) -> frozenset[LoaderFile]:
-    """The files that the nodes of this workflow load."""
-    return workflow_facts(workflow).files
-
-
 def workflow_subject(facts: WorkflowFacts) -> str | None:
     """What the peak of such workflows is remembered under: same files, and latents within some 40 % of each other.
 
