@@ -73,6 +73,19 @@ def test_beside_promises_to_others_a_prompt_of_new_files_gets_what_is_free() -> 
     assert as_gib(verdict(prompt(14, new_files=True), seen).available_bytes) == 24.0
 
 
+@pytest.mark.parametrize(
+    ("promised", "available"),
+    [
+        pytest.param(load(8), 6.0, id="a model that loads takes it in seconds: what is free beside it"),
+        pytest.param(load(8, visible_bytes=gib(8)), 24.0, id="a model that is loaded takes nothing more"),
+        pytest.param(lease(8), 16.0, id="a worker who may never be seen to load holds up no files that are there"),
+    ],
+)
+def test_what_a_prompt_of_known_files_gets_beside_promises_to_others(promised: Lease, available: float) -> None:
+    seen = snapshot(0, gpu(free_gib=14), comfyui=comfyui(torch_gib=10))
+    assert as_gib(verdict(prompt(6), seen, book(promised)).available_bytes) == available
+
+
 def test_promises_beyond_what_is_free_are_taken_off_what_is_let_go_of() -> None:
     seen = snapshot(0, gpu(free_gib=5), comfyui=comfyui(torch_gib=10))
     answer = verdict(prompt(8, at_gateway=False), seen, book(lease(8)))

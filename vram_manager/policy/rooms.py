@@ -63,8 +63,9 @@ def rooms_for(request: Request, snapshot: Snapshot, gpus: Gpus, book: Book, rule
         if request.for_comfyui:
             # What was promised to its last prompt is there for its next one already.
             leased -= _promised_to_comfyui(book, gpu)
-            if request.at_gateway and request.new_files and leased > 0:
-                # It lets go of other files only where free memory does not suffice, whomever that was promised to.
+            if request.at_gateway and (_model_loads(book, gpu) or (request.new_files and leased > 0)):
+                # It lets go of what it holds only where free memory does not suffice, whomever that was promised to:
+                # a model that loads has it in seconds, and for other files it needs more than to work with.
                 own = 0
         # Promises beyond what is free come out of its own: what is in use may be theirs by now, and not seen as such.
         available = max(0, gpu.memory.free_bytes - leased + own)
@@ -103,6 +104,11 @@ def _within_reach(rooms: list[Room], request: Request) -> list[Room]:
         replace(room, need_bytes=need, required_bytes=max(0, need - request.margin_bytes))
         for room, need in zip(rooms, needs, strict=True)
     ]
+
+
+def _model_loads(book: Book, gpu: Gpu) -> bool:
+    leases = (one for one in book.leases.values() if one.gpu == gpu.uuid and one.estimate.for_ollama)
+    return any(one.outstanding_bytes for one in leases)
 
 
 def _promised_to_comfyui(book: Book, gpu: Gpu) -> int:
