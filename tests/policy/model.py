@@ -214,6 +214,8 @@ class Daemon:
         self.posts: list[Post] = []
         self.told: list[Told] = []
         self.turns: list[tuple[Snapshot, Decision]] = []
+        self.remembered: list[Watch] = []
+        """What each turn began with: what came of an earlier request is in it."""
         self.deleted: set[str] = set()
         self._loading: tuple[float, str, Snapshot] | None = None
         self._lost_flags = iter(lost_flags)
@@ -232,6 +234,7 @@ class Daemon:
 
     def turn(self) -> None:
         seen = self.look()
+        self.remembered.append(self.watch)
         decision = decide(seen, self.watch, self.rules)
         self.watch, self.decision = decision.watch, decision
         self.turns.append((seen, decision))

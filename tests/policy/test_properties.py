@@ -336,11 +336,11 @@ def test_a_model_is_repaired_no_more_often_than_an_hour_allows_and_never_two_at_
     daemon = spend(day, world, MENDS, lost)
     for name in ("a", "b"):
         assert sum(post.action.target == f"ollama:{name}" for post in repairs(daemon)) <= MENDS.max_repairs_per_hour
-    for (_, before), (_, after) in pairwise(daemon.turns):
+    for before, (_, after) in zip(daemon.remembered, daemon.turns, strict=True):
         if after.branch == "7 repair":
-            assert before.watch.mending is None or after.events
-        if after.watch.mending is not None and before.watch.mending is not None and after.branch != "7 repair":
-            assert after.watch.mending == before.watch.mending
+            assert before.mending is None or after.events
+        if after.watch.mending is not None and before.mending is not None and after.branch != "7 repair":
+            assert after.watch.mending == before.mending
 
 
 @few
