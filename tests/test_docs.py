@@ -25,7 +25,9 @@ EXAMPLE = (ROOT / ".env.example").read_text()
 
 def as_text(default: Any) -> str:
     """A default as a person writes it into an environment file."""
-    if default is None or default in ({}, ()):
+    if isinstance(default, tuple):
+        return ",".join(default)
+    if default is None or default == {}:
         return ""
     if isinstance(default, bool):
         return str(default).lower()

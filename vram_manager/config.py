@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from vram_manager.domain.event import EventType
 from vram_manager.domain.size import MIB, Size, gib, parse_size
 from vram_manager.errors import SettingsError
 from vram_manager.policy.estimate import canonical
@@ -123,6 +124,12 @@ def _names(value: object) -> object:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
+def _urls(value: object) -> object:
+    """A comma list of URLs."""
+    names = _names(value)
+    return tuple(_url(name) for name in names) if isinstance(names, tuple) else names
+
+
 Names: TypeAlias = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 
@@ -222,6 +229,9 @@ class GpuSettings(_Part):
 
     vram_check_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
     """Deadline of one NVML reading, seconds; a call that hangs longer makes the GPU unknown, never full or empty."""
+    vram_gpu_sleep: bool = True
+    """true: a GPU that the kernel may suspend (laptops with two GPUs) is let go while nobody uses it, and never woken
+    to be read. false: it is held open."""
 
 
 class AdmissionSettings(_Part):
@@ -302,6 +312,52 @@ class GatewaySettings(_Part):
         return lines
 
 
+EVENT_NAMES = tuple(str(kind) for kind in EventType)
+
+
+def _event_names(value: object) -> object:
+    names = _names(value)
+    for name in names if isinstance(names, tuple) else ():
+        if name not in EVENT_NAMES:
+            raise ValueError(f"{name!r} is no event; these are: {', '.join(EVENT_NAMES)}")
+    return names
+
+
+class LookingSettings(_Part):
+    """What is remembered, who is told, and what else is looked at."""
+
+    ollama_nodes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_urls)] = ()
+    """Comma list of the base URLs of further Ollama servers, for the report, the page and the metrics."""
+    vram_history_mb: Annotated[int, Field(ge=8, le=2**20)] = 128
+    """MiB that the history in VRAM_STATE_DIR takes at most: samples of a day, minutes of a month, events; the oldest go
+    first."""
+    vram_webhook_url: Url = ""
+    """URL that is told chosen events with a POST of JSON. Empty: nobody is."""
+    vram_webhook_events: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_event_names)] = (
+        "free_unconfirmed",
+        "repair_failed",
+        "ollama_stuck",
+        "worker_dead",
+        "hard_limit",
+        "leak",
+        "sensor_lost",
+        "sensor_back",
+    )
+    """Comma list of the events it is told; their names are those of /v1/events."""
+    vram_webhook_secret: str | None = None
+    """Key of the HMAC-SHA256 in the header X-Vram-Manager-Signature, by which the receiver knows who sent it. Empty: no
+    signature."""
+
+    def in_words(self) -> list[str]:
+        """These settings as sentences."""
+        lines = []
+        if self.ollama_nodes:
+            lines.append(f"Further Ollama servers: {', '.join(map(without_secrets, self.ollama_nodes))}")
+        if self.vram_webhook_url:
+            lines.append(f"A webhook is told: {', '.join(self.vram_webhook_events)}")
+        return lines
+
+
 class ServiceSettings(_Part):
     """Socket, state, logs."""
 
@@ -332,6 +388,7 @@ class Settings(_Part):
     gpu: GpuSettings
     admission: AdmissionSettings
     gateway: GatewaySettings
+    looking: LookingSettings
     service: ServiceSettings
 
     def rules(self) -> Rules:
@@ -398,6 +455,7 @@ class Settings(_Part):
             + ("" if rules.fail_open else "; without a GPU reading nobody is admitted (VRAM_FAIL_OPEN=false)")
         )
         lines += self.gateway.in_words()
+        lines += self.looking.in_words()
         if rules.dry_run:
             lines.append("DRY RUN: decisions are told, nothing is freed and nobody is refused")
         if not rules.enabled:
@@ -412,11 +470,12 @@ PARTS: tuple[type[_Part], ...] = (
     GpuSettings,
     AdmissionSettings,
     GatewaySettings,
+    LookingSettings,
     ServiceSettings,
 )
 
 
-_PART_NAMES = ("ollama", "comfyui", "policy", "gpu", "admission", "gateway", "service")
+_PART_NAMES = ("ollama", "comfyui", "policy", "gpu", "admission", "gateway", "looking", "service")
 
 
 def variables() -> dict[str, Any]:
@@ -481,7 +540,7 @@ def _problem(item: Any) -> str:
         name = _DRY_RUN_ALIAS
     inside = "".join(f"[{place!r}]" for place in item["loc"][1:])
     value = os.environ.get(name, os.environ.get(name.lower(), item.get("input")))
-    if name.endswith(("_HEADERS", "_TOKEN")):
+    if name.endswith(("_HEADERS", "_TOKEN", "_SECRET")):
         value = "(not shown)"
     return f"{name}={without_secrets(str(value))}{inside and ' ' + inside}: {message[:1].lower()}{message[1:]}"
 
@@ -489,6 +548,8 @@ def _problem(item: Any) -> str:
 # Ollama's and ComfyUI's own variables share these prefixes, so only a near miss of ours is worth a word there.
 _OURS_ALONE = ("VRAM_", "GATEWAY_")
 _SHARED = ("OLLAMA_", "COMFYUI_", "ENABLE_VRAM")
+# Where Ollama keeps its models: near to OLLAMA_NODES, and none of ours.
+_THEIRS = ("OLLAMA_MODELS",)
 
 
 def unknown_names(environment: Mapping[str, str]) -> list[str]:
@@ -497,7 +558,7 @@ def unknown_names(environment: Mapping[str, str]) -> list[str]:
     warnings = []
     for name in sorted(environment):
         upper = name.upper()
-        if upper in known or not upper.startswith(_OURS_ALONE + _SHARED):
+        if upper in (*known, *_THEIRS) or not upper.startswith(_OURS_ALONE + _SHARED):
             continue
         near = difflib.get_close_matches(upper, known, n=1, cutoff=0.6 if upper.startswith(_OURS_ALONE) else 0.85)
         if near:

@@ -45,6 +45,7 @@ from vram_manager.policy.repair import reserved
 from vram_manager.processes import Processes
 from vram_manager.runs import Runs
 from vram_manager.store import Store, alone_in
+from vram_manager.tenants import Tenants
 from vram_manager.workers import Workers
 
 # Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
@@ -70,6 +71,7 @@ class Daemon:
     processes: Processes
     runs: Runs
     gateways: Gateways
+    tenants: Tenants
 
     async def run(self) -> None:
         """Reads, turns and records until cancelled; the death of any part ends all."""
@@ -101,6 +103,7 @@ class Daemon:
             admissions,
             self.workers,
             self.gateways.waiting,
+            self.tenants,
         )
         async with contextlib.AsyncExitStack() as stack:
             path = service.vram_socket
@@ -165,6 +168,7 @@ def build(
         tell=journal.record,
     )
     gateways = Gateways(desk, settings)
+    tenants = Tenants(cycle, admissions, workers)
     metrics = Metrics(clock, cycle, observer, admissions, workers)
     journal.listen(metrics.count)
     cycle.on_turn = metrics.turned
@@ -203,6 +207,7 @@ def build(
         processes=processes,
         runs=runs,
         gateways=gateways,
+        tenants=tenants,
     )
 
 

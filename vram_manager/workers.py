@@ -166,6 +166,11 @@ class Workers:
         said = {owner: worker.report.held_bytes for owner, worker in self._workers.items()}
         return {owner: size for owner, size in said.items() if size is not None}
 
+    def memory_on(self, gpu: Gpu, *, alone: bool) -> dict[str, int]:
+        """The same on `gpu`; `alone`: there is no other, so that a worker need not have named it."""
+        wanted = (gpu.uuid, str(gpu.index), *((None,) if alone else ()))
+        return {owner: size for owner, size in self.memory().items() if self._workers[owner].report.gpu in wanted}
+
     def turned(self, snapshot: Snapshot) -> None:
         """One turn of the cycle: excursions grow older, and end by what was read."""
         gpus, now = gpus_seen(snapshot), snapshot.taken_at

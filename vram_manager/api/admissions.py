@@ -157,7 +157,11 @@ class AdmissionRoutes:
         }
 
     async def leases(self, http: HttpRequest) -> Response:
-        return JSONResponse({"leases": self.views(), "line": [self._waiting(one) for one in self._admissions.line()]})
+        return JSONResponse({"leases": self.views(), "line": self.line()})
+
+    def line(self) -> list[dict[str, Any]]:
+        """Everybody who waits as JSON, in their order."""
+        return [self._waiting(one) for one in self._admissions.line()]
 
     def views(self) -> list[dict[str, Any]]:
         """All leases as JSON, oldest first."""

@@ -28,6 +28,7 @@ from vram_manager.domain.decision import ManualFree
 from vram_manager.gateway.waiting import Waiter
 from vram_manager.journal import Entry, Journal, as_json
 from vram_manager.observer import Observer
+from vram_manager.tenants import Tenants
 from vram_manager.workers import Workers
 
 MAX_LIMIT = 1000
@@ -49,6 +50,7 @@ class Parts:
     admissions: AdmissionRoutes
     workers: Workers
     held: Callable[[], tuple[Waiter, ...]]
+    tenants: Tenants
 
 
 def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
@@ -118,8 +120,8 @@ class _Routes:
         leases = self._parts.admissions.views()
         now = self._parts.clock.monotonic()
         held = [views.waiter(one, now) for one in self._parts.held()]
-        seen = views.snapshot(self._parts.clock, self._parts.cycle)
-        return JSONResponse({**seen, "leases": leases, "held": held})
+        seen = views.snapshot(self._parts.clock, self._parts.cycle, self._parts.tenants.now())
+        return JSONResponse({**seen, "leases": leases, "line": self._parts.admissions.line(), "held": held})
 
     async def decisions(self, request: Request) -> Response:
         limit = _number(request, "limit", default=50)

@@ -7,6 +7,8 @@ from typing import Any
 from vram_manager import __version__
 from vram_manager.domain.demand import Kind
 from vram_manager.domain.event import EventType
+from vram_manager.domain.share import Certainty, ShareKind
+from vram_manager.domain.snapshot import Trust
 
 
 def _json(words: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -260,6 +262,27 @@ _DEMAND = {
         "age_seconds": {"type": "number"},
     },
 }
+_SHARE = {
+    "type": "object",
+    "required": ["kind", "tenant", "bytes", "certainty"],
+    "properties": {
+        "kind": {"enum": [str(kind) for kind in ShareKind]},
+        "tenant": {"type": "string", "description": "A name that stays the same over time, such as ollama:llama3.1:8b"},
+        "bytes": {"type": "integer"},
+        "certainty": {"enum": [str(certainty) for certainty in Certainty]},
+    },
+}
+_GPU = {
+    "type": "object",
+    "required": ["index", "uuid", "name", "vendor", "source", "trust", "unified", "asleep", "limits", "tenants"],
+    "properties": {
+        "trust": {"enum": [str(trust) for trust in Trust], "description": "How sure its numbers are"},
+        "source": {"type": "string", "description": "Where its memory is read from"},
+        "leased_bytes": {"type": "integer", "description": "What of its free memory is promised"},
+        "limits": {"type": ["object", "null"], "additionalProperties": {"type": "integer"}},
+        "tenants": {"type": "array", "description": "Who has what is taken; adds up to taken_bytes", "items": _SHARE},
+    },
+}
 _SNAPSHOT = {
     "type": "object",
     "required": [
@@ -271,6 +294,7 @@ _SNAPSHOT = {
         "ollama",
         "comfyui",
         "leases",
+        "line",
         "demands",
         "held",
         "unreclaimable_bytes",
@@ -280,12 +304,14 @@ _SNAPSHOT = {
     "properties": {
         "taken_at": {"type": ["string", "null"], "format": "date-time"},
         "age_seconds": _nullable("number"),
-        "gpus": {"type": "array", "items": {"type": "object", "required": ["index", "uuid", "name"]}},
+        "gpus": {"type": "array", "items": _GPU},
+        "gpus_left_out": {"type": "array", "description": "Further GPUs, and why not", "items": {"type": "string"}},
         "gpus_why": _nullable("string"),
         "second_hand": {"type": "boolean", "description": "The GPU's numbers are ComfyUI's: NVML cannot be read"},
         "ollama": _OLLAMA,
         "comfyui": {"type": ["object", "null"]},
         "leases": {"type": "array", "items": _LEASE},
+        "line": {"type": "array", "description": "Who waits for a lease, in order", "items": {"type": "object"}},
         "demands": {"type": "array", "description": "Who needs memory", "items": _DEMAND},
         "held": {"type": "array", "description": "Calls that wait at a gateway now, oldest first", "items": _HELD},
         "unreclaimable_bytes": {"type": "object", "additionalProperties": {"type": "integer"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -9,12 +10,14 @@ from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
+from vram_manager.domain.share import Share
 from vram_manager.domain.size import MIB
 from vram_manager.domain.snapshot import Gpu, GpuMemory, LoadedModel, Snapshot
 from vram_manager.gateway.waiting import Waiter
 from vram_manager.journal import DecisionEntry, rfc3339
 from vram_manager.observer import Observer
 from vram_manager.policy.accounting import gpus_seen
+from vram_manager.policy.rules import Rules
 
 # A turn takes a millisecond and the slowest beat is the interval: three of them without one is a stall.
 STALLED_BEATS, STALLED_SECONDS = 3, 15.0
@@ -96,6 +99,7 @@ _NOTHING_SEEN: dict[str, Any] = {
     "age_seconds": None,
     "gpus": [],
     "gpus_why": None,
+    "gpus_left_out": [],
     "second_hand": False,
     "ollama": None,
     "comfyui": None,
@@ -107,8 +111,8 @@ _NOTHING_SEEN: dict[str, Any] = {
 }
 
 
-def snapshot(clock: Clock, cycle: Cycle) -> dict[str, Any]:
-    """Everything that was seen at the last turn, and who needs what."""
+def snapshot(clock: Clock, cycle: Cycle, tenants: Mapping[str, tuple[Share, ...]]) -> dict[str, Any]:
+    """Everything that was seen at the last turn, who has how much of it, and who needs what."""
     seen = cycle.snapshot
     if seen is None:
         return _NOTHING_SEEN
@@ -117,8 +121,17 @@ def snapshot(clock: Clock, cycle: Cycle) -> dict[str, Any]:
     return {
         "taken_at": rfc3339(clock.utcnow() - timedelta(seconds=age)),
         "age_seconds": round(age, 3),
-        "gpus": [_gpu(gpu) for gpu in _gpus(seen)],
+        "gpus": [
+            {
+                **_gpu(gpu),
+                "leased_bytes": seen.leased_on(gpu.uuid),
+                "limits": _limits(gpu, cycle.rules),
+                "tenants": [_share(share) for share in tenants.get(gpu.uuid, ())],
+            }
+            for gpu in _gpus(seen)
+        ],
         "gpus_why": gpus.why if isinstance(gpus, Missing) else None,
+        "gpus_left_out": [] if isinstance(gpus, Missing) else list(gpus.left_out),
         "second_hand": False if isinstance(gpus, Missing) else gpus.second_hand,
         "ollama": _ollama(seen),
         "comfyui": _comfyui(seen),
@@ -159,10 +172,16 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
         "index": gpu.index,
         "uuid": gpu.uuid,
         "name": gpu.name,
+        "vendor": gpu.vendor,
+        "source": gpu.source,
+        "trust": str(gpu.trust),
+        "unified": gpu.unified,
+        "asleep": gpu.asleep,
         "total_bytes": None,
         "used_bytes": None,
         "free_bytes": None,
         "reserved_bytes": None,
+        "taken_bytes": None,
         "used_percent": None,
         "why": memory.why if isinstance(memory, Missing) else None,
         "utilization_percent": _known(gpu.utilization_percent),
@@ -177,6 +196,7 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
             "used_bytes": memory.used_bytes,
             "free_bytes": memory.free_bytes,
             "reserved_bytes": _known(memory.reserved_bytes),
+            "taken_bytes": memory.taken_bytes,
             "used_percent": round(memory.used_percent, 1),
         }
     if not isinstance(gpu.processes, Missing):
@@ -189,6 +209,29 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
             for process in gpu.processes
         ]
     return view
+
+
+def _limits(gpu: Gpu, rules: Rules) -> dict[str, int] | None:
+    """The lines that use is compared with, in bytes taken of the GPU."""
+    memory = gpu.memory
+    if isinstance(memory, Missing):
+        return None
+    whole = memory.usable_bytes
+    return {
+        "threshold_bytes": round(whole * rules.threshold_percent / 100),
+        "unload_threshold_bytes": round(whole * rules.unload_threshold_percent / 100),
+        "soft_limit_bytes": rules.soft_limit.on(whole),
+        "hard_limit_bytes": rules.hard_limit.on(whole),
+    }
+
+
+def _share(share: Share) -> dict[str, Any]:
+    return {
+        "kind": str(share.kind),
+        "tenant": share.tenant,
+        "bytes": share.bytes,
+        "certainty": str(share.certainty),
+    }
 
 
 def _ollama(seen: Snapshot) -> dict[str, Any] | None:

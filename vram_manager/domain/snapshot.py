@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from enum import StrEnum
 
 from vram_manager.domain.demand import Demand
 from vram_manager.domain.reading import Missing, Reading
@@ -49,11 +50,27 @@ class ProcessMemory:
     command: tuple[str, ...] | Missing
 
 
+class Trust(StrEnum):
+    """How sure the numbers of a GPU are.
+
+    MEASURED: its driver counts all of it. DERIVED: worked out from what the system tells, such as memory that is shared
+    with the CPU. SECOND_HAND: another program said so. UNVERIFIED: read as documented, seen on no such card by us.
+    """
+
+    MEASURED = "measured"
+    DERIVED = "derived"
+    SECOND_HAND = "second-hand"
+    UNVERIFIED = "unverified"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU. `uuid` is its name everywhere; `index` may change between boots.
+    """One GPU, or one instance of a GPU that is split (MIG). `uuid` is its name everywhere; `index` may change between
+    boots.
 
-    `listed_free_bytes` was free when `processes` were listed, where that was before the memory was read.
+    `unified`: its memory is the CPU's too. `asleep`: the kernel has suspended it, and it is not woken to be read.
+    `source` names where its memory is read from. `listed_free_bytes` was free when `processes` were listed, where that
+    was before the memory was read.
     """
 
     uuid: str
@@ -65,15 +82,25 @@ class Gpu:
     power_watts: float | Missing = Missing("not asked")
     processes: tuple[ProcessMemory, ...] | Missing = Missing("not asked")
     listed_free_bytes: int | None = None
+    vendor: str = "nvidia"
+    source: str = "NVML"
+    trust: Trust = Trust.MEASURED
+    unified: bool = False
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpus:
-    """Every GPU of this node. `second_hand` marks numbers that ComfyUI told because NVML is missing."""
+    """Every GPU of this node that work can be placed on.
+
+    `second_hand` marks numbers that ComfyUI told because nothing else does. `left_out` says of each further GPU why it
+    is none of them, such as the one in the CPU beside a card.
+    """
 
     gpus: tuple[Gpu, ...]
     driver_version: str | Missing
     second_hand: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

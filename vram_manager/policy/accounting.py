@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 
 from vram_manager.domain.action import Stage
 from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.share import Certainty
 from vram_manager.domain.snapshot import (
     ComfyUIState,
     Gpu,
@@ -19,17 +19,10 @@ from vram_manager.domain.snapshot import (
     Queue,
     Snapshot,
     TorchDevice,
+    Trust,
 )
 from vram_manager.domain.watch import Lesson
 from vram_manager.policy.rules import Rules
-
-
-class Certainty(StrEnum):
-    """How we know: counted by somebody, learned from an earlier free, or only unaccounted for."""
-
-    MEASURED = "measured"
-    LEARNED = "learned"
-    PERHAPS = "perhaps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +86,8 @@ def _second_hand(place: int, device: TorchDevice) -> Gpu:
             reserved_bytes=unknown,
         ),
         utilization_percent=unknown,
+        source="ComfyUI",
+        trust=Trust.SECOND_HAND,
     )
 
 
@@ -142,22 +137,47 @@ def comfyui_process(comfyui: ComfyUIState, gpu: Gpu) -> ProcessMemory | None:
     return found[0] if len(found) == 1 else None
 
 
-def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int | Missing:
-    """What Ollama says it holds on `gpu`.
+def ollama_models(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> Mapping[str, int] | Missing:
+    """Bytes on `gpu` by model of Ollama's; under "" what is Ollama's of several models that cannot be told apart.
 
-    `/api/ps` sums over GPUs. With several and no OLLAMA_GPU none of it can be told to be on this one, so it stays
-    with the memory that nobody accounts for: perhaps ComfyUI's, and one free is a fair test.
+    `/api/ps` sums over GPUs. With several and no OLLAMA_GPU the processes of its runners tell, where they can be seen.
+    Else none of it can be told to be on this one, so it stays with the memory that nobody accounts for: perhaps
+    ComfyUI's, and one free is a fair test.
     """
     match snapshot.ollama:
         case Seen(value=ollama):
-            total = sum(model.size_vram_bytes for model in ollama.models)
+            listed = {model.name: model.size_vram_bytes for model in ollama.models}
         case Missing() as missing:
             return missing
         case _:
-            return 0
+            return {}
+    total = sum(listed.values())
     if total == 0 or len(gpus.gpus) == 1:
-        return total
-    return total if rules.ollama_gpu is not None and named(gpus, rules.ollama_gpu) is gpu else 0
+        return listed
+    if rules.ollama_gpu is not None:
+        return listed if named(gpus, rules.ollama_gpu) is gpu else {}
+    runners = 0 if isinstance(gpu.processes, Missing) else sum(map(_runner_bytes, gpu.processes))
+    here = min(runners, total)
+    return {next(iter(listed)) if len(listed) == 1 else "": here} if here else {}
+
+
+def ollama_bytes(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, rules: Rules) -> int | Missing:
+    """What Ollama has on `gpu`, as far as that can be told."""
+    models = ollama_models(snapshot, gpus, gpu, rules)
+    return models if isinstance(models, Missing) else sum(models.values())
+
+
+def is_ollama(process: ProcessMemory) -> bool:
+    """Whether this is a runner of Ollama's, one process a loaded model: "ollama runner ...", since 0.30 also
+    "/usr/lib/ollama/llama-server ...". A llama-server of somebody else's is not in a folder of Ollama's."""
+    if isinstance(process.command, Missing) or not process.command:
+        return False
+    folder, _, program = process.command[0].rpartition("/")
+    return (program == "ollama" and "runner" in process.command) or (program == "llama-server" and "ollama" in folder)
+
+
+def _runner_bytes(process: ProcessMemory) -> int:
+    return process.used_bytes if is_ollama(process) and isinstance(process.used_bytes, int) else 0
 
 
 def can_use(gpu: Gpu, gpus: Gpus, rules: Rules) -> bool:

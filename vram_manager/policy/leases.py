@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from vram_manager.domain.lease import Book, Estimate, Lease
 from vram_manager.domain.reading import Missing, Seen
+from vram_manager.domain.share import Certainty
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, ProcessMemory, Snapshot
 from vram_manager.policy.accounting import (
-    Certainty,
     comfyui_gpu,
     comfyui_hold,
     gpus_read_at,
