@@ -44,7 +44,9 @@ def at() -> datetime:
 class Asked:
     """Estimates over fakes: an Ollama with one model, a ComfyUI with some files."""
 
-    def __init__(self, *, store: Any = None, without: str = "", **estimates: int) -> None:
+    def __init__(
+        self, *, store: Any = None, without: str = "", ollama_gpu: str | None = None, **estimates: int
+    ) -> None:
         card = Card()
         self.ollama, self.comfyui = FakeOllama(card), FakeComfyUI(card)
         self.ollama.stored[LLAMA] = StoredModel(digest="46e0", file_bytes=5 * GIB)
@@ -59,7 +61,7 @@ class Asked:
         self.sut = Estimates(
             Clock(asyncio.get_running_loop().time, at),
             self.store,
-            Rules(estimates=estimates),
+            Rules(estimates=estimates, ollama_gpu=ollama_gpu),
             ollama=None if without == "ollama" else self.ollama,
             comfyui=None if without == "comfyui" else self.comfyui,
         )
@@ -194,6 +196,12 @@ async def test_ollamas_own_context_follows_from_the_memory_of_all_gpus():
     asked = Asked()
     asked.sut.notice(await seen_on(Card(total_gib=12), Card("GPU-b", total_gib=12)))
     assert (await asked.of(LLAMA)).subject == "model:46e0:32768"
+
+
+async def test_a_gpu_that_ollama_does_not_use_makes_its_own_context_no_longer():
+    asked = Asked(ollama_gpu="0")
+    asked.sut.notice(await seen_on(Card(total_gib=12), Card("GPU-b", total_gib=12)))
+    assert (await asked.of(LLAMA)).subject == "model:46e0:4096"
 
 
 async def test_what_a_model_needs_at_least_counts_where_ollama_reports_only_a_part():

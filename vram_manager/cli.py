@@ -363,18 +363,43 @@ def health() -> None:
 @click.option(
     "--nvml-state",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Mirror the GPU into a fake NVML's state file.",
+    help="Mirror the GPUs into a fake NVML's state file.",
 )
-def simulate(**options: Any) -> None:
+@click.option("--gpus", type=click.IntRange(1, 8), default=1, show_default=True, help="Cards, for the fake NVML.")
+@click.option("--nodes", type=click.IntRange(0, 32), default=0, help="Further Ollama servers, on the next ports.")
+@click.option("--busy", is_flag=True, help="With people who chat, render and train.")
+@click.option("--seed", default=1, show_default=True, help="What they do is drawn from it.")
+@click.option("--through-ollama", metavar="URL", help="They chat through this gateway.")
+@click.option("--through-comfyui", metavar="URL", help="They render through this gateway.")
+@click.option("--socket", metavar="PATH", help="A worker of theirs asks the daemon that listens there.")
+def simulate(
+    busy: bool,
+    seed: int,
+    gpus: int,
+    nodes: int,
+    through_ollama: str | None,
+    through_comfyui: str | None,
+    socket: str | None,
+    **options: Any,
+) -> None:
     """An Ollama and a ComfyUI on one simulated GPU, on real ports, quirks included."""
     import asyncio
     import signal
 
-    from vram_manager.simulator.serve import serve_world
+    from vram_manager.simulator.serve import Extras, serve_world
 
+    extras = Extras(
+        busy=busy,
+        seed=seed,
+        gpus=gpus,
+        nodes=nodes,
+        through_ollama=through_ollama,
+        through_comfyui=through_comfyui,
+        socket=socket,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve_world(**options))
+        asyncio.run(serve_world(extras=extras, **options))
 
 
 @cli.command()

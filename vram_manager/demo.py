@@ -15,20 +15,12 @@ from typing import Any
 import click
 import httpx
 
+from vram_manager import config
 from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.http import JsonClient
 from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
-from vram_manager.config import (
-    AdmissionSettings,
-    ComfyUISettings,
-    GatewaySettings,
-    GpuSettings,
-    OllamaSettings,
-    PolicySettings,
-    ServiceSettings,
-    Settings,
-)
+from vram_manager.config import Settings
 from vram_manager.daemon import Daemon, build, log_to
 from vram_manager.domain.event import EventType
 from vram_manager.domain.size import GIB, gib
@@ -113,14 +105,12 @@ def _free_port() -> int:
 
 def _settings(ollama_url: str, comfyui_url: str, directory: Path) -> Settings:
     """The defaults but for one, whatever the environment says: a demo must not depend on somebody's settings."""
-    return Settings.model_construct(
-        ollama=OllamaSettings.model_construct(ollama_url=ollama_url),
-        comfyui=ComfyUISettings.model_construct(comfyui_url=comfyui_url),
-        policy=PolicySettings.model_construct(vram_free_cooldown=COOLDOWN_SECONDS),
-        gpu=GpuSettings.model_construct(),
-        admission=AdmissionSettings.model_construct(),
-        gateway=GatewaySettings.model_construct(gateway_ollama_port=_free_port(), gateway_comfyui_port=_free_port()),
-        service=ServiceSettings.model_construct(vram_socket=directory / "vram.sock", vram_state_dir=directory),
+    return config.defaults(
+        ollama={"ollama_url": ollama_url},
+        comfyui={"comfyui_url": comfyui_url},
+        policy={"vram_free_cooldown": COOLDOWN_SECONDS},
+        gateway={"gateway_ollama_port": _free_port(), "gateway_comfyui_port": _free_port()},
+        service={"vram_socket": directory / "vram.sock", "vram_state_dir": directory},
     )
 
 

@@ -28,6 +28,7 @@ from vram_manager.domain.snapshot import Snapshot
 from vram_manager.errors import SensorError, TimedOut
 from vram_manager.journal import rfc3339
 from vram_manager.policy import Rules
+from vram_manager.policy.accounting import can_use
 from vram_manager.policy.estimate import (
     bounded,
     canonical,
@@ -157,7 +158,8 @@ class Estimates:
         Ollama counts no CUDA context. Before v0.10 it tells no context length: nothing is learned then.
         """
         if isinstance(snapshot.gpus, Seen):
-            memories = [gpu.memory for gpu in snapshot.gpus.value.gpus]
+            gpus = snapshot.gpus.value
+            memories = [gpu.memory for gpu in gpus.gpus if can_use(gpu, gpus, self._rules)]
             self._total_bytes = sum(memory.total_bytes for memory in memories if not isinstance(memory, Missing))
         if not isinstance(snapshot.ollama, Seen):
             return

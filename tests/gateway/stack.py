@@ -107,7 +107,7 @@ async def stack_in(
         world = World(gpu_gib, ollama_settings=SWIFT_OLLAMA, comfyui_settings=SWIFT_COMFYUI, loopback=True)
         world.ollama.work.gpu_tokens_per_second = 1e6
         await stack.enter_async_context(world)
-        stack.enter_context(mirrored(world.ledger, state))
+        stack.enter_context(mirrored(state, world.ledger))
         apps = ollama(world.ollama.app), comfyui(world.comfyui.app)
         urls = [await stack.enter_async_context(serving(app)) for app in apps]
         for number, before in enumerate((before_ollama, before_comfyui)):

@@ -59,14 +59,11 @@ async def nvml() -> AsyncIterator[NvmlSensor]:
 @contextlib.asynccontextmanager
 async def real_daemon(directory: Path) -> AsyncIterator[Daemon]:
     """The daemon's own parts on the real rim, told to free nothing by itself: only what a test asks."""
-    settings = config.Settings.model_construct(
-        ollama=config.OllamaSettings.model_construct(ollama_url=OLLAMA_URL),
-        comfyui=config.ComfyUISettings.model_construct(comfyui_url=COMFYUI_URL),
-        policy=config.PolicySettings.model_construct(vram_threshold=100.0, vram_unload_threshold=100.0),
-        gpu=config.GpuSettings.model_construct(),
-        admission=config.AdmissionSettings.model_construct(),
-        gateway=config.GatewaySettings.model_construct(ollama_evict=False, vram_repair_fallback=False),
-        service=config.ServiceSettings.model_construct(),
+    settings = config.defaults(
+        ollama={"ollama_url": OLLAMA_URL},
+        comfyui={"comfyui_url": COMFYUI_URL},
+        policy={"vram_threshold": 100.0, "vram_unload_threshold": 100.0},
+        gateway={"ollama_evict": False, "vram_repair_fallback": False},
     )
     async with nvml() as sensor, contextlib.AsyncExitStack() as stack:
         ollama = comfyui = None

@@ -39,15 +39,7 @@ def settings(**policy: Any) -> config.Settings:
     comfyui = {name: policy.pop(name) for name in list(policy) if name.startswith("comfyui_")}
     own = config.GatewaySettings.model_fields
     gateway = {name: policy.pop(name) for name in list(policy) if name in own}
-    return config.Settings.model_construct(
-        ollama=config.OllamaSettings.model_construct(),
-        comfyui=config.ComfyUISettings.model_construct(**comfyui),
-        policy=config.PolicySettings.model_construct(**policy),
-        gpu=config.GpuSettings.model_construct(),
-        admission=config.AdmissionSettings.model_construct(),
-        gateway=config.GatewaySettings.model_construct(**gateway),
-        service=config.ServiceSettings.model_construct(),
-    )
+    return config.defaults(comfyui=comfyui, policy=policy, gateway=gateway)
 
 
 @dataclass

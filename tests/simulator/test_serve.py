@@ -156,7 +156,7 @@ async def test_the_ledger_is_mirrored_for_the_fake_nvml(tmp_path):
 
     ledger = Ledger(24 * GIB)
     path = tmp_path / "nvml"
-    with mirrored(ledger, path):
+    with mirrored(path, ledger):
         ledger.claim("comfyui", 600 * MIB)
         raw = NvmlState.from_buffer_copy(path.read_bytes())
     assert raw.gpus[0].used == 600 * MIB

@@ -342,27 +342,26 @@ class OllamaGate:
             logger.debug("{} goes on without a promise: {}", call.model, problem)
             return None
         if answer.lease is not None:
-            await self._with_a_fresh_view(calls, answer.lease)
-            calls.lease = answer.lease.id
+            try:
+                await self._with_a_fresh_view(calls, answer.lease)
+            finally:
+                # Also where the call is given up meanwhile: whoever ends the promise must know of it.
+                calls.lease = answer.lease.id
         return answer
 
     async def _with_a_fresh_view(self, calls: _Model, lease: Lease) -> None:
         """What keeps Ollama from seeing the room that there is leaves first, if it is idle."""
         desk = self._desk
         until = desk.clock.monotonic() + FRESH_VIEW_SECONDS
-        try:
-            for name in in_the_way(lease.bytes, desk.observer.known(), self._rules):
-                reason = f"{calls.name} is to be loaded, and Ollama's view of free memory is as old as {name}"
-                wish = ManualFree(action=UnloadModel(model=name), force=True, reason=reason)
-                # The free that made the room may not have settled yet.
-                while desk.cycle.watch.pending is not None and await desk.next_turn(until):
-                    pass
-                answer = await desk.cycle.free(wish)
-                while answer.accepted and self._is_listed(name) and await desk.next_turn(until):
-                    pass
-        except asyncio.CancelledError:
-            calls.lease = lease.id
-            raise
+        for name in in_the_way(lease.bytes, desk.observer.known(), self._rules):
+            reason = f"{calls.name} is to be loaded, and Ollama's view of free memory is as old as {name}"
+            wish = ManualFree(action=UnloadModel(model=name), force=True, reason=reason)
+            # The free that made the room may not have settled yet.
+            while desk.cycle.watch.pending is not None and await desk.next_turn(until):
+                pass
+            answer = await desk.cycle.free(wish)
+            while answer.accepted and self._is_listed(name) and await desk.next_turn(until):
+                pass
 
     def _is_listed(self, name: str) -> bool:
         ollama = self._desk.observer.known().ollama

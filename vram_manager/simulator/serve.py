@@ -7,6 +7,8 @@ import json
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -17,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from vram_manager.simulator.comfyui_memory import Mode
-from vram_manager.simulator.ledger import Ledger, OutOfMemory
+from vram_manager.simulator.ledger import GIB, Ledger, OutOfMemory
 from vram_manager.simulator.world import World
 
 
@@ -99,28 +101,49 @@ def control_app(ledger: Ledger) -> Starlette:
 
 
 @contextmanager
-def mirrored(ledger: Ledger, path: Path) -> Iterator[None]:
-    """Every change of the ledger also shows in the state file of the fake NVML library."""
+def mirrored(path: Path, *ledgers: Ledger) -> Iterator[None]:
+    """Every change of the ledgers also shows in the state file of the fake NVML library, a card for each."""
     from vram_manager.simulator.nvml_state import NvmlState  # noqa: PLC0415 - only with a fake NVML
 
-    with NvmlState(path, gpus=1) as state:
+    with NvmlState(path, gpus=len(ledgers)) as state:
 
-        def write() -> None:
+        def write(index: int, ledger: Ledger) -> None:
             state.set_memory(
-                0,
+                index,
                 total=ledger.total_bytes,
                 reserved=ledger.reserved_bytes,
                 used=ledger.used_bytes,
                 free=ledger.free_bytes,
             )
+            state.gpus[index].utilization = ledger.utilization_percent
 
-        state.set_identity(0, name=ledger.name, uuid=ledger.uuid)
-        write()
-        ledger.on_change.append(write)
+        writers = [(ledger, partial(write, index, ledger)) for index, ledger in enumerate(ledgers)]
+        for index, (ledger, writer) in enumerate(writers):
+            state.set_identity(index, name=ledger.name, uuid=ledger.uuid)
+            writer()
+            ledger.on_change.append(writer)
         try:
             yield
         finally:
-            ledger.on_change.remove(write)
+            for ledger, writer in writers:
+                ledger.on_change.remove(writer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What a simulated box may have beside one card: further ones, further Ollama servers, and people who use it all.
+
+    They go to the servers, or `through_ollama` and `through_comfyui`, which are gateways in front of them; a worker
+    asks the daemon on `socket`.
+    """
+
+    busy: bool = False
+    seed: int = 1
+    gpus: int = 1
+    nodes: int = 0
+    through_ollama: str | None = None
+    through_comfyui: str | None = None
+    socket: str | None = None
 
 
 async def serve_world(
@@ -132,17 +155,41 @@ async def serve_world(
     mode: Mode = "dynamic",
     control_port: int | None = None,
     nvml_state: Path | None = None,
+    extras: Extras = Extras(),
 ) -> None:
-    """Both servers, and the control app if it has a port, until cancelled."""
+    """Both servers, and the control app if it has a port, until cancelled. Nodes have the ports after Ollama's."""
     async with AsyncExitStack() as stack:
         loopback = host in {"127.0.0.1", "::1", "localhost"}
         world = await stack.enter_async_context(World(gpu_gib, mode=mode, loopback=loopback))
+        others = [_further(number, gpu_gib) for number in range(1, extras.gpus)]
+        ledgers = (world.ledger, *others)
         if nvml_state is not None:
-            stack.enter_context(mirrored(world.ledger, nvml_state))
+            stack.enter_context(mirrored(nvml_state, *ledgers))
         ollama_url = await stack.enter_async_context(serving(world.ollama.app, host, ollama_port))
         comfyui_url = await stack.enter_async_context(serving(world.comfyui.app, host, comfyui_port))
+        nodes = []
+        for number in range(1, extras.nodes + 1):
+            node = await stack.enter_async_context(World(8.0 if number % 2 else 16.0, loopback=loopback))
+            nodes.append(await stack.enter_async_context(serving(node.ollama.app, host, ollama_port + number)))
         if control_port is not None:
             await stack.enter_async_context(serving(control_app(world.ledger), host, control_port))
         card = f"{gpu_gib:g} GiB, ComfyUI in {mode} mode"
         print(f"Simulated Ollama at {ollama_url} and ComfyUI at {comfyui_url} on one GPU of {card}", flush=True)
+        if nodes:
+            print(f"OLLAMA_NODES={','.join(nodes)}", flush=True)
+        if extras.busy:
+            from vram_manager.simulator.busy import Doors, busy  # noqa: PLC0415 - only then
+
+            doors = Doors(
+                ollama_url=extras.through_ollama or ollama_url,
+                comfyui_url=extras.through_comfyui or comfyui_url,
+                socket=extras.socket,
+            )
+            await busy(doors, ledgers, nodes=nodes, seed=extras.seed)
         await asyncio.Event().wait()
+
+
+def _further(number: int, gpu_gib: float) -> Ledger:
+    """A card beside the one that Ollama and ComfyUI share."""
+    uuid = f"GPU-5107a7ed-0000-4000-8000-{number:012d}"
+    return Ledger(int(gpu_gib * GIB), name="Simulated RTX 4090", uuid=uuid)
