@@ -21,15 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.fake_nvml import build, compiler
-from vram_manager.client import VramClient, call
-from vram_manager.errors import Unreachable
+from benchmarks.processes import daemon, percentile, process, simulated, until
+from vram_manager.client import VramClient
 
 BARE = """
 import asyncio, json, sys
@@ -113,59 +112,6 @@ def at_once(kind: str, path: str, workers: int, rounds: int) -> list[float]:
     return taken
 
 
-def percentile(taken: list[float], share: float) -> float:
-    return sorted(taken)[min(len(taken) - 1, int(len(taken) * share))]
-
-
-@contextlib.contextmanager
-def process(*command: str, **environment: str) -> Iterator[None]:
-    child = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        child.terminate()
-        child.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in found]
-
-
-def until(ready: Callable[[], object]) -> None:
-    for _ in range(600):
-        with contextlib.suppress(OSError, Unreachable):
-            if ready():
-                return
-        time.sleep(0.05)
-    raise SystemExit("a server did not come up")
-
-
-@contextlib.contextmanager
-def daemon(directory: Path) -> Iterator[str]:
-    """`vram-manager run` beside the simulated stack, over the fake NVML library where a compiler is there."""
-    path, state = str(directory / "vram.sock"), str(directory / "gpu.state")
-    ollama, comfyui = free_ports(2)
-    ports = ["--ollama-port", str(ollama), "--comfyui-port", str(comfyui)]
-    library = str(build(directory).parent) if compiler() else ""
-    settings = {
-        "OLLAMA_URL": f"http://127.0.0.1:{ollama}",
-        "COMFYUI_URL": f"http://127.0.0.1:{comfyui}",
-        "VRAM_SOCKET": path,
-        "VRAM_STATE_DIR": str(directory / "state"),
-        "FAKE_NVML_STATE": state,
-        "LD_LIBRARY_PATH": library,
-    }
-    own = (sys.executable, "-m", "vram_manager")
-    with process(*own, "simulate", *ports, "--nvml-state", state):
-        until(lambda: Path(state).exists())
-        with process(*own, "run", **settings):
-            os.environ["VRAM_SOCKET"] = path
-            until(lambda: call("GET", "/ready").status == 200)
-            yield path
-
-
 def row(what: str, taken: list[float], beside: dict[str, float], budget: str) -> None:
     half, most = percentile(taken, 0.5) * 1e3, percentile(taken, 0.99) * 1e3
     ratios = ", ".join(f"{half / other:.1f} x {name}" for name, other in beside.items())
@@ -210,7 +156,9 @@ def main() -> None:
             stack.enter_context(process(redis, "--unixsocket", kinds["redis"], *no_disk, "--dir", name))
         else:
             print("redis-server is not installed: left out")
-        ours = stack.enter_context(daemon(directory))
+        settings = stack.enter_context(simulated(directory))
+        stack.enter_context(daemon(settings))
+        ours = settings["VRAM_SOCKET"]
         kinds |= {"check": ours, "limits": ours}
         until(lambda: all(Path(path).exists() for path in kinds.values()))
         time.sleep(1.0)

@@ -11,104 +11,50 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.fake_nvml import build as build_fake_nvml
-from tests.fake_nvml import compiler
+from benchmarks.processes import cpu_seconds, daemon, rss_mib, simulated
 from tests.scenarios.stack import settings
 from vram_manager import client
 from vram_manager.clock import Clock
 from vram_manager.daemon import build
 from vram_manager.domain.model_facts import ModelFacts, StoredModel
 from vram_manager.domain.snapshot import ComfyUIState, Gpus, OllamaState, TorchDevice
-from vram_manager.errors import Unreachable
 from vram_manager.simulator.ledger import GIB, Ledger, LedgerGpuSensor
 from vram_manager.store import Store
-
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def rss_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def row(what: str, measured: str, budget: str) -> None:
     print(f"{what:<46} {measured:>16}   {budget}", flush=True)
 
 
-@contextlib.contextmanager
-def process(*arguments: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "vram_manager", *arguments], env=environment, stdout=subprocess.DEVNULL
-    )
-    try:
-        yield child
-    finally:
-        child.terminate()
-        child.wait()
-
-
-def wait_until_ready(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(Unreachable):
-            if client.call("GET", "/ready").status == 200:
-                return
-        time.sleep(0.005)
-    raise SystemExit("the daemon did not get ready")
-
-
 def as_a_process(idle_seconds: float, directory: Path) -> None:
-    environment = {
-        # As in the image, modules come compiled: compiling them at the start leaves some 15 MiB of garbage behind.
-        **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
-        "VRAM_SOCKET": str(directory / "vram.sock"),
-        "VRAM_STATE_DIR": str(directory / "state"),
-        "OLLAMA_URL": "http://127.0.0.1:31434",
-        "COMFYUI_URL": "http://127.0.0.1:38188",
-    }
-    os.environ["VRAM_SOCKET"] = environment["VRAM_SOCKET"]
-    simulate = ["simulate", "--ollama-port", "31434", "--comfyui-port", "38188"]
-    if compiler() is not None:
-        state = directory / "gpu.state"
-        environment |= {"LD_LIBRARY_PATH": str(build_fake_nvml(directory).parent), "FAKE_NVML_STATE": str(state)}
-        simulate += ["--nvml-state", str(state)]
-    with process(*simulate, environment=environment):
-        time.sleep(3)
-        with process("run", environment=environment):
-            wait_until_ready(60)
+    with simulated(directory) as settings:
+        with daemon(settings):
+            pass
         began = time.monotonic()
-        with process("run", environment=environment) as daemon:
-            wait_until_ready(20)
+        with daemon(settings) as pid:
             row("start to first snapshot", f"{time.monotonic() - began:.2f} s", "<= 1 s")
             time.sleep(5)
-            cpu, at = cpu_seconds(daemon.pid), time.monotonic()
+            cpu, at = cpu_seconds(pid), time.monotonic()
             time.sleep(idle_seconds)
-            share = 100 * (cpu_seconds(daemon.pid) - cpu) / (time.monotonic() - at)
+            share = 100 * (cpu_seconds(pid) - cpu) / (time.monotonic() - at)
             row(f"CPU, stack idle, over {idle_seconds:.0f} s", f"{share:.2f} % of a core", "<= 0.5 %")
-            row("RSS, stack idle", f"{rss_mib(daemon.pid):.1f} MiB", "<= 60 MiB, aiming at 50")
+            row("RSS, stack idle", f"{rss_mib(pid):.1f} MiB", "<= 60 MiB, aiming at 50")
             for _ in range(200):
                 client.call("GET", "/v1/snapshot")
                 client.call("GET", "/metrics")
-            row("RSS after 400 requests to the socket", f"{rss_mib(daemon.pid):.1f} MiB", "<= 60 MiB")
+            row("RSS after 400 requests to the socket", f"{rss_mib(pid):.1f} MiB", "<= 60 MiB")
 
 
 class _Ollama:

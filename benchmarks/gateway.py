@@ -25,7 +25,6 @@ import re
 import select
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,9 +39,9 @@ import httptools
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.fake_nvml import build, compiler
+from benchmarks.processes import answers, daemon, free_ports, percentile, process, simulated, until
+from tests.fake_nvml import compiler
 from vram_manager.client import call
-from vram_manager.errors import Unreachable
 
 MODEL = "llama3.1:8b"
 GIB = 2**30
@@ -285,69 +284,19 @@ class Way:
 
 
 @contextlib.contextmanager
-def process(*command: str, **environment: str) -> Iterator[int]:
-    # As in the image, modules come compiled: compiling them at the start leaves some 15 MiB of garbage behind.
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    child = subprocess.Popen(command, env={**inherited, **environment}, stdout=subprocess.DEVNULL)
-    try:
-        yield child.pid
-    finally:
-        child.terminate()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in found]
-
-
-def until(ready: Callable[[], object]) -> None:
-    for _ in range(1200):
-        with contextlib.suppress(OSError, Unreachable):
-            if ready():
-                return
-        time.sleep(0.05)
-    raise SystemExit("a server did not come up")
-
-
-def answers(port: int) -> bool:
-    connection = socket.create_connection(("127.0.0.1", port))
-    connection.close()
-    return True
-
-
-@contextlib.contextmanager
-def daemon(directory: Path, upstream: int) -> Iterator[Way]:
+def gateway(directory: Path, upstream: int) -> Iterator[Way]:
     """`vram-manager run` with both gateways, beside a simulated ComfyUI, over the fake NVML library."""
-    state, (unused, comfyui, ollama_gateway, comfyui_gateway) = str(directory / "gpu.state"), free_ports(4)
+    ollama_gateway, comfyui_gateway = free_ports(2)
     if compiler() is None:
         print("no C compiler: the daemon sees no GPU, and its gate lets all pass without looking at the model")
-    library = str(build(directory).parent) if compiler() else ""
-    settings = {
-        # A name, as it is by default: that is looked up.
-        "OLLAMA_URL": f"http://localhost:{upstream}",
-        "COMFYUI_URL": f"http://127.0.0.1:{comfyui}",
-        "GATEWAY_OLLAMA_PORT": str(ollama_gateway),
-        "GATEWAY_COMFYUI_PORT": str(comfyui_gateway),
-        "VRAM_SOCKET": str(directory / "vram.sock"),
-        "VRAM_STATE_DIR": str(directory / "state"),
-        "FAKE_NVML_STATE": state,
-        "LD_LIBRARY_PATH": library,
-    }
-    own = (sys.executable, "-m", "vram_manager")
-    ports = ("--ollama-port", str(unused), "--comfyui-port", str(comfyui))
-    with process(*own, "simulate", *ports, "--nvml-state", state):
-        until(lambda: Path(state).exists())
-        # The first start of a machine compiles the modules.
-        subprocess.run([*own, "--help"], check=True, stdout=subprocess.DEVNULL)
-        with process(*own, "run", **settings) as pid:
-            os.environ["VRAM_SOCKET"] = settings["VRAM_SOCKET"]
-            until(lambda: call("GET", "/ready").status == 200)
+    with simulated(directory) as settings:
+        settings |= {
+            # A name, as it is by default: that is looked up.
+            "OLLAMA_URL": f"http://localhost:{upstream}",
+            "GATEWAY_OLLAMA_PORT": str(ollama_gateway),
+            "GATEWAY_COMFYUI_PORT": str(comfyui_gateway),
+        }
+        with daemon(settings) as pid:
             until(lambda: MODEL in str(call("GET", "/v1/snapshot").body))
             yield Way(name=OURS, port=ollama_gateway, pid=pid)
 
@@ -374,7 +323,7 @@ def ways(directory: Path) -> Iterator[list[Way]]:
             written.write_text(text.format(directory=directory, port=port, upstream=upstream))
             pid = stack.enter_context(process(program, *arguments, str(written)))
             found.append(Way(name=name, port=port, pid=pid))
-        found.append(stack.enter_context(daemon(directory, upstream)))
+        found.append(stack.enter_context(gateway(directory, upstream)))
         for way in found:
             until(partial(answers, way.port))
         yield found
@@ -625,10 +574,6 @@ class Crowd:
 
 
 # ---- the report
-
-
-def percentile(taken: list[float], share: float) -> float:
-    return sorted(taken)[min(len(taken) - 1, int(len(taken) * share))]
 
 
 def against(ours: float, other: float) -> str:

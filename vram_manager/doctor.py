@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from vram_manager.config import Settings
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import ComfyUIState, Gpu, Gpus
+from vram_manager.domain.version import release
 from vram_manager.errors import SensorError, Unreachable
 from vram_manager.gateway.head import is_loopback
 from vram_manager.gpus.nvml import NvmlSensor
@@ -142,8 +142,8 @@ async def _ollama(settings: Settings) -> list[Finding]:
 
 def about_version(version: str | Missing) -> list[Finding]:
     """What this version of Ollama does not tell, or tells wrongly; builds from source say 0.0.0."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", str(version))[:3])
-    if isinstance(version, Missing) or len(numbers) < 3 or numbers == (0, 0, 0):
+    numbers = release(version)
+    if numbers is None or numbers == (0, 0, 0):
         return []
     if numbers < (0, 10, 0):
         words = f"{version} tells no context length: a repaired model comes back with the default one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from vram_manager.domain.snapshot import (
     TorchDevice,
     Trust,
 )
+from vram_manager.domain.version import release
 from vram_manager.domain.watch import Lesson
 from vram_manager.policy.rules import Rules
 
@@ -193,10 +193,8 @@ def weights_may_hide(comfyui: ComfyUIState) -> bool:
     """
     if comfyui.has_flag("--highvram", "--gpu-only", "--novram", "--cpu", "--disable-dynamic-vram"):
         return False
-    if isinstance(comfyui.version, Missing):
-        return True
-    numbers = re.findall(r"\d+", comfyui.version)
-    return not numbers or tuple(int(n) for n in numbers[:2]) >= (0, 15)
+    numbers = release(comfyui.version, 2)
+    return numbers is None or numbers >= (0, 15)
 
 
 def comfyui_hold(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.size import MIB, gib
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, LoadedModel, OllamaState, Queue, Snapshot
+from vram_manager.domain.version import release
 from vram_manager.domain.watch import Watch
 from vram_manager.policy.accounting import can_use
 from vram_manager.policy.estimate import canonical
@@ -55,8 +55,8 @@ def missing_bytes(model: LoadedModel, version: str | Missing) -> int:
     is reported there as is missing (trimmed to the file size since 0.30.11).
     """
     off_gpu = max(0, model.size_bytes - model.size_vram_bytes)
-    numbers = [] if isinstance(version, Missing) else [int(n) for n in re.findall(r"\d+", version)[:3]]
-    inflated = len(numbers) == 3 and numbers[:2] == [0, 30] and numbers[2] <= 10
+    numbers = release(version)
+    inflated = numbers is not None and (0, 30, 0) <= numbers <= (0, 30, 10)
     return off_gpu // 2 if inflated and model.size_vram_bytes else off_gpu
 
 

@@ -7,11 +7,10 @@ would throw out models that could have stayed, and not those that we would choos
 
 from __future__ import annotations
 
-import re
-
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.size import GIB
 from vram_manager.domain.snapshot import GpuMemory, LoadedModel, OllamaState, Snapshot
+from vram_manager.domain.version import release
 from vram_manager.policy.accounting import gpus_seen
 from vram_manager.policy.estimate import canonical
 from vram_manager.policy.evict import in_use, ollama_gpu
@@ -54,7 +53,5 @@ def _believed_bytes(loaded: list[LoadedModel]) -> int | None:
 
 
 def _freezes(ollama: OllamaState) -> bool:
-    if isinstance(ollama.version, Missing):
-        return False
-    numbers = [int(number) for number in re.findall(r"\d+", ollama.version)[:2]]
-    return numbers >= [0, 30]
+    numbers = release(ollama.version, 2)
+    return numbers is not None and numbers >= (0, 30)
