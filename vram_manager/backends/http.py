@@ -6,14 +6,22 @@ import asyncio
 import json
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Final, NoReturn, TypeVar
 
-import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+# httpx brings a command line of its own, which imports rich and pygments where they are installed: 3 MiB that a daemon
+# need not hold. It takes their absence for granted as well.
+_no_command_line = ModuleType("httpx._main")
+_no_command_line.main = lambda: None  # type: ignore[attr-defined]
+sys.modules.setdefault("httpx._main", _no_command_line)
 
-from vram_manager.errors import Rejected, SensorError, TimedOut
+import httpx  # noqa: E402
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt  # noqa: E402
+
+from vram_manager.errors import Rejected, SensorError, TimedOut  # noqa: E402
 
 T = TypeVar("T")
 
