@@ -34,7 +34,8 @@ def test_a_reader_gets_from_main_to_a_free_in_six_files() -> None:
 
 
 def test_the_daemon_imports_nothing_that_only_commands_or_plots_need() -> None:
-    asked = "import sys, vram_manager.daemon; print(sorted({'rich', 'pygments', 'matplotlib', 'numpy'} & {*sys.modules}))"
+    heavy = {"rich", "pygments", "matplotlib", "numpy"}
+    asked = f"import sys, vram_manager.daemon; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"

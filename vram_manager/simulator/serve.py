@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 
 from vram_manager.simulator.comfyui_memory import Mode
 from vram_manager.simulator.ledger import GIB, Ledger, OutOfMemory
+from vram_manager.simulator.ollama import utcnow
 from vram_manager.simulator.world import World
 
 
@@ -156,11 +158,12 @@ async def serve_world(
     control_port: int | None = None,
     nvml_state: Path | None = None,
     extras: Extras = Extras(),
+    utcnow: Callable[[], datetime] = utcnow,
 ) -> None:
     """Both servers, and the control app if it has a port, until cancelled. Nodes have the ports after Ollama's."""
     async with AsyncExitStack() as stack:
         loopback = host in {"127.0.0.1", "::1", "localhost"}
-        world = await stack.enter_async_context(World(gpu_gib, mode=mode, loopback=loopback))
+        world = await stack.enter_async_context(World(gpu_gib, mode=mode, loopback=loopback, utcnow=utcnow))
         others = [_further(number, gpu_gib) for number in range(1, extras.gpus)]
         ledgers = (world.ledger, *others)
         if nvml_state is not None:
@@ -169,7 +172,8 @@ async def serve_world(
         comfyui_url = await stack.enter_async_context(serving(world.comfyui.app, host, comfyui_port))
         nodes = []
         for number in range(1, extras.nodes + 1):
-            node = await stack.enter_async_context(World(8.0 if number % 2 else 16.0, loopback=loopback))
+            size = 8.0 if number % 2 else 16.0
+            node = await stack.enter_async_context(World(size, loopback=loopback, utcnow=utcnow))
             nodes.append(await stack.enter_async_context(serving(node.ollama.app, host, ollama_port + number)))
         if control_port is not None:
             await stack.enter_async_context(serving(control_app(world.ledger), host, control_port))
