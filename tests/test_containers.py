@@ -121,17 +121,18 @@ class TestCompose:
         }
         assert parsed(COMPOSE)["volumes"]["socket"] == {"name": "vram-manager-socket"}
 
-    def test_the_ports_to_uncomment_are_those_that_the_gateways_are_to_listen_on(self) -> None:
+    def test_the_ports_to_uncomment_are_those_that_are_to_be_listened_on(self) -> None:
         text = re.sub(r"^    # (?=ports:)", "    ", COMPOSE.read_text(), flags=re.MULTILINE)
         published = re.findall(r"^    #   (- 127\.0\.0\.1:(\d+):(\d+) # .*: (\w+)=(\d+))$", text, flags=re.MULTILINE)
 
         assert [(name, port) for _, _, _, name, port in published] == [
+            ("VRAM_HTTP_PORT", "8480"),
             ("GATEWAY_OLLAMA_PORT", "11435"),
             ("GATEWAY_COMFYUI_PORT", "8189"),
         ]
         assert all(outside == inside == port for _, outside, inside, _, port in published)
         uncommented = yaml.safe_load(re.sub(r"^    #   (?=- 127)", "      ", text, flags=re.MULTILINE))
-        assert uncommented["services"]["vram-manager"]["ports"] == ["127.0.0.1:11435:11435", "127.0.0.1:8189:8189"]
+        assert uncommented["services"]["vram-manager"]["ports"] == [f"127.0.0.1:{port}:{port}" for _, _, port, _, _ in published]
 
     def test_open_webui_of_the_stack_goes_through_the_gateway(self) -> None:
         url = service(name="open-webui")["environment"]["OLLAMA_BASE_URL"]
