@@ -17,7 +17,10 @@ from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
 from vram_manager.config import Settings
 from vram_manager.daemon import build
-from vram_manager.doctor import Finding, about_gateway_host, about_version, examine, in_container, in_words
+from vram_manager.doctor import Finding, examine, in_words
+from vram_manager.doctor.gateways import about_gateway_host
+from vram_manager.doctor.servers import about_version, nodes
+from vram_manager.doctor.surroundings import in_container, page, webhook
 from vram_manager.domain.reading import Missing
 from vram_manager.simulator.serve import serving
 from vram_manager.simulator.world import World
@@ -240,3 +243,69 @@ def test_every_part_has_room_in_its_column():
     findings = [Finding("gateway", "note", "words", "remedy"), Finding("settings", "fine", "words")]
     lines = in_words(findings, colour=False).splitlines()
     assert [line.index("words") for line in lines if "words" in line] == [17, 17]
+
+
+def _looking(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return config.load()
+
+
+def test_no_page_is_a_note_with_the_way_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = page(_looking(monkeypatch), in_container=False)
+
+    assert (found.verdict, found.remedy) == ("note", "set it, such as 8480")
+
+
+@pytest.mark.parametrize(
+    ("host", "in_container", "verdicts"),
+    [
+        pytest.param("127.0.0.1", False, ["fine"], id="this machine only"),
+        pytest.param("0.0.0.0", False, ["fine", "note"], id="whoever can reach it"),
+        pytest.param("0.0.0.0", True, ["fine"], id="a container's own network"),
+    ],
+)
+def test_who_may_look_at_the_page(
+    monkeypatch: pytest.MonkeyPatch, host: str, in_container: bool, verdicts: list[str]
+) -> None:
+    settings = _looking(monkeypatch, VRAM_HTTP_PORT="8480", VRAM_HTTP_HOST=host)
+
+    assert [one.verdict for one in page(settings, in_container=in_container)] == verdicts
+
+
+@pytest.mark.asyncio
+async def test_a_webhook_is_reached_without_being_told_anything_and_its_path_stays_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    received = bytearray()
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.extend(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(receive, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}/services/T0/hidden"
+    async with server:
+        open_one = await webhook(_looking(monkeypatch, VRAM_WEBHOOK_URL=url))
+        signed = await webhook(_looking(monkeypatch, VRAM_WEBHOOK_SECRET="s"))
+    await server.wait_closed()
+    gone = await webhook(_looking(monkeypatch))
+
+    assert [one.verdict for one in open_one] == ["fine", "note"]
+    assert [one.verdict for one in signed] == ["fine"]
+    assert [one.verdict for one in gone] == ["wrong"]
+    assert "hidden" not in str([open_one, signed, gone])
+    assert received == b""
+
+
+@pytest.mark.asyncio
+async def test_a_node_that_is_down_is_wrong_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        down = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    async with World(8) as world, serving(world.ollama.app) as up:
+        found = await nodes(_looking(monkeypatch, OLLAMA_NODES=f"{down},{up}"))
+
+    assert [one.verdict for one in found] == ["wrong", "fine"]
+    assert "OLLAMA_HOST=0.0.0.0" in (found[0].remedy or "")
+    assert "no model loaded" in found[1].words
