@@ -108,6 +108,8 @@ TALKS = [
     ["health"],
     ["report"],
     ["report", "--json"],
+    ["top"],
+    ["top", "--once"],
     ["events"],
     ["events", "--follow"],
     ["why"],

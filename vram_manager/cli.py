@@ -104,6 +104,24 @@ def report(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--once", is_flag=True, help="One picture and no more; so it is where the output is no terminal.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.25, 60),
+    default=1.0,
+    show_default=True,
+    metavar="N",
+    help="How often to look; + and - change it.",
+)
+@click.option("--ascii", "ascii_only", is_flag=True, help="No other characters than ASCII.")
+def top(**options: Any) -> None:
+    """The GPUs live: who has the memory, who waits, what happened and why. ? shows the keys."""
+    from vram_manager.top import run
+
+    run(**options)
+
+
+@cli.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on as they happen.")
 @click.option("--after", default="", metavar="ID", help="Only events after this one.")
 @click.option("--limit", default=50, show_default=True)
