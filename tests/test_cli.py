@@ -774,7 +774,7 @@ def test_a_report_shows_the_requests_under_way(vram, gateway: int):
         assert "under way" not in vram("report").out
         with asked(gateway):
             daemon.until(lambda: daemon.daemon.cycle.snapshot.ollama.value.models[0].requests)
-            assert "100 % GPU, context 4096, 1 request(s) under way" in vram("report").out
+            assert "GPU (VRAM)  in use (1 under way)  context 4096" in vram("report").out
 
 
 def test_a_report_shows_the_calls_that_are_held_and_why(vram, gateway: int):
@@ -787,4 +787,4 @@ def test_a_report_shows_the_calls_that_are_held_and_why(vram, gateway: int):
             daemon.until(daemon.daemon.gateways.waiting)
             lines = vram("report").out.splitlines()
             held = lines[lines.index("Held at the gateways") + 1]
-            assert re.fullmatch(rf"  Ollama: {MODEL}, for \d+ s: {MODEL} waits for room", held)
+            assert re.fullmatch(rf"   Ollama: {MODEL}, for \d+ s: {MODEL} waits for room", held)

@@ -132,7 +132,8 @@ class TestCompose:
         ]
         assert all(outside == inside == port for _, outside, inside, _, port in published)
         uncommented = yaml.safe_load(re.sub(r"^    #   (?=- 127)", "      ", text, flags=re.MULTILINE))
-        assert uncommented["services"]["vram-manager"]["ports"] == [f"127.0.0.1:{port}:{port}" for _, _, port, _, _ in published]
+        ports = uncommented["services"]["vram-manager"]["ports"]
+        assert ports == [f"127.0.0.1:{port}:{port}" for _, _, port, _, _ in published]
 
     def test_open_webui_of_the_stack_goes_through_the_gateway(self) -> None:
         url = service(name="open-webui")["environment"]["OLLAMA_BASE_URL"]

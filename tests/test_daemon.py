@@ -405,3 +405,45 @@ async def test_the_death_of_a_part_ends_everything_with_1_and_says_why(tmp_path:
     assert status == 1
     assert said[0].startswith("A part of the daemon died")
     assert "ZeroDivisionError: a bug in a part" in said[0]
+
+
+# Somebody is told.
+
+
+class Told(BaseHTTPRequestHandler):
+    """A receiver that notes what it is told."""
+
+    said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def do_POST(self) -> None:
+        self.said.put(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_webhook_is_told_what_cannot_be_read_and_the_metrics_count_it(run):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Told) as receiver:
+        serving = threading.Thread(target=receiver.serve_forever)
+        serving.start()
+        daemon = run(VRAM_WEBHOOK_URL=f"http://127.0.0.1:{receiver.server_port}/hook").listening()
+        told = [Told.said.get(timeout=PATIENCE) for _ in range(3)]
+        delivered = 'webhook_deliveries_total{outcome="delivered"} 3.0'
+        eventually(lambda: delivered in client.call("GET", "/metrics").body)
+        assert daemon.stopped() == (0, "")
+        receiver.shutdown()
+        serving.join()
+    assert {one["target"] for one in told} == {"nvml", "ollama", "comfyui"}
+    assert all("cannot be read" in one["text"] and one["type"] == "sensor_lost" for one in told)
+
+
+def test_a_webhook_that_hangs_does_not_keep_the_daemon(run):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        daemon = run(VRAM_WEBHOOK_URL=f"http://127.0.0.1:{deaf.getsockname()[1]}/secret-path").listening()
+        deaf.accept()[0].close()
+        eventually(lambda: turns() >= 3)
+        assert daemon.stopped() == (0, "")
+    assert any("was not told 3 events" in line for line in daemon.lines)
+    assert not any("secret-path" in line for line in daemon.lines)

@@ -11,12 +11,15 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from tests.test_metrics import metrics
 from vram_manager import config
 from vram_manager.api.openapi import DOCUMENT
 from vram_manager.cli import cli
+from vram_manager.clock import Clock
 from vram_manager.domain.event import Event, EventType
 from vram_manager.gateway.waiting import WAITED_HEADER
 from vram_manager.journal import Entry, line
+from vram_manager.webhook import Webhook
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,12 +85,8 @@ def test_every_verb_is_in_the_readme(verb: str) -> None:
 
 
 def metrics_of_the_code() -> set[str]:
-    source = (ROOT / "vram_manager" / "metrics.py").read_text()
-    gauges = set(re.findall(r'_gauge\(\s*"([a-z_]+)"', source))
-    gauges |= {f"gpu_memory_{name}_bytes" for name in ("total", "used", "free")}
-    counters = {f"{name}_total" for name in re.findall(r'_(?:counter|sum)\(\s*"([a-z_]+)"', source)}
-    histograms = set(re.findall(r'_histogram\(\s*"([a-z_]+)"', source))
-    return gauges | counters | histograms
+    """Every metric is announced with its type, also where there is no sample of it."""
+    return set(re.findall(r"^# TYPE vram_manager_(\w+)", metrics().render().decode(), flags=re.MULTILINE))
 
 
 def test_every_metric_is_in_the_readme_and_no_other() -> None:
@@ -180,3 +179,19 @@ def test_every_link_within_the_readme_leads_somewhere() -> None:
     anchors = {re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in heads}
 
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_the_receivers_example_takes_what_we_sign_and_nothing_else() -> None:
+    source = re.search(r"```python\n(import hashlib\n.*?)```", README, flags=re.DOTALL)
+    assert source is not None
+    scope: dict[str, Any] = {}
+    exec(source[1], scope)
+    webhook = Webhook(Clock(lambda: 0.0, lambda: datetime.now(UTC)), "http://receiver", (), "secret")
+    event = Event(type=EventType.LEAK, target="worker:tts")
+    headers = webhook._headers(Entry(id="leak-0001", seq=1, at=datetime.now(UTC), event=event), b"{}")
+    old = headers | {"X-Vram-Manager-Timestamp": "1"}
+
+    assert scope["genuine"](headers, b"{}", b"secret")
+    assert not scope["genuine"](headers, b"{ }", b"secret")
+    assert not scope["genuine"](headers, b"{}", b"another")
+    assert not scope["genuine"](old, b"{}", b"secret")

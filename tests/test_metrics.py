@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,8 +15,10 @@ from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.domain.action import Stage
 from vram_manager.domain.event import Event, EventType
+from vram_manager.domain.floor import Floor, Mark
 from vram_manager.domain.lease import Book, Ticket
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
+from vram_manager.domain.share import Share, ShareKind
 from vram_manager.domain.snapshot import (
     ComfyUIState,
     Gpu,
@@ -29,7 +32,8 @@ from vram_manager.domain.snapshot import (
 )
 from vram_manager.domain.watch import Watch
 from vram_manager.journal import Entry
-from vram_manager.metrics import PREFIX, Metrics
+from vram_manager.metrics import PREFIX, TENANTS_OF_A_GPU, Metrics
+from vram_manager.policy.rules import Rules
 
 CARD = Gpu(
     uuid="GPU-a",
@@ -37,6 +41,8 @@ CARD = Gpu(
     name="RTX 4090",
     memory=GpuMemory(total_bytes=24 * GIB, used_bytes=10 * GIB, free_bytes=13 * GIB, reserved_bytes=GIB),
     utilization_percent=3,
+    temperature_celsius=41,
+    power_watts=17.5,
 )
 MODEL = LoadedModel(
     name="llama3.1:8b", digest="d", size_bytes=8 * GIB, size_vram_bytes=6 * GIB, context_length=None, expires_at=None
@@ -70,6 +76,7 @@ class Turn:
     snapshot: Snapshot | None = SEEN
     watch: Watch = field(default_factory=Watch)
     turned_at: float | None = 90.0
+    rules: Rules = field(default_factory=Rules)
 
 
 @dataclass
@@ -95,9 +102,59 @@ class Crew:
         return {"tts": 5 * GIB}
 
 
-def metrics(turn: Turn | None = None, desk: Desk | None = None, **states: Reading[object]) -> Metrics:
+@dataclass
+class Tenants:
+    shares: tuple[Share, ...] = (
+        Share(kind=ShareKind.OLLAMA, tenant="ollama:llama3.1:8b", bytes=6 * GIB),
+        Share(kind=ShareKind.COMFYUI_IN_USE, tenant="comfyui in use", bytes=4 * GIB),
+    )
+
+    def now(self) -> dict[str, tuple[Share, ...]]:
+        return {"GPU-a": self.shares}
+
+
+@dataclass
+class Viewed:
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    def views(self) -> list[dict[str, Any]]:
+        return self.told
+
+
+NODES = Viewed(
+    [
+        {"url": "http://a:11434", "state": "ok", "vram_bytes": 3 * GIB, "ram_bytes": 0},
+        {"url": "http://b:11434", "state": "missing", "vram_bytes": None, "ram_bytes": None},
+        {"url": "http://c:11434", "state": "unread", "vram_bytes": None, "ram_bytes": None},
+    ]
+)
+
+
+@dataclass
+class Rising:
+    """Floors, as the keeper gives them."""
+
+    floors: tuple[Floor, ...]
+    leaks: int = 0
+
+    def now(self) -> tuple[Floor, ...]:
+        return self.floors
+
+
+def floor(measure: str, *sizes_gib: float) -> Floor:
+    marks = tuple(Mark(at=datetime(2026, 7, 1, tzinfo=UTC), bytes=round(size * GIB)) for size in sizes_gib)
+    return Floor(tenant="comfyui", measure=measure, life="", marks=marks, judged=1, baseline_bytes=marks[0].bytes)
+
+
+FLOORS = Rising((floor("idle", 2, 3), floor("freed", 9)), leaks=2)
+
+
+def metrics(
+    turn: Turn | None = None, desk: Desk | None = None, tenants: Tenants | None = None, **states: Reading[object]
+) -> Metrics:
     clock = Clock(lambda: 100.0, lambda: datetime.now(UTC))
-    return Metrics(clock, turn or Turn(), Sensors(states), desk or Desk(), Crew())
+    parts = (turn or Turn(), Sensors(states), desk or Desk(), Crew(), tenants or Tenants(), NODES, FLOORS)
+    return Metrics(clock, *parts)
 
 
 def samples(scraped: Metrics) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -129,7 +186,94 @@ def test_gauges_tell_the_last_turn():
     assert told["build_info"] == {(("version", __version__),): 1}
 
 
+def test_further_servers_are_up_or_down_once_they_were_asked():
+    told = samples(metrics())
+    a, b = (("node", "http://a:11434"),), (("node", "http://b:11434"),)
+    assert told["node_up"] == {a: 1, b: 0}
+    assert told["node_ollama_vram_bytes"] == {a: 3 * GIB}
+    assert told["node_ollama_ram_bytes"] == {a: 0}
+
+
+def test_a_tenant_has_a_floor_for_each_way_in_which_it_is_measured():
+    told = samples(metrics())
+    idle, freed = ((("measure", name), ("tenant", "comfyui")) for name in ("idle", "freed"))
+    assert told["idle_floor_bytes"] == {idle: 3 * GIB, freed: 9 * GIB}
+    assert told["idle_floor_growth_bytes"] == {idle: GIB, freed: 0}
+
+
+def test_leaks_of_workers_and_of_the_others_are_counted_together():
+    assert samples(metrics())["leaks_total"] == {(): 3}
+
+
+def test_a_card_is_told_with_its_state_and_how_that_is_known():
+    told = samples(metrics())
+    gpu = (("gpu", "GPU-a"),)
+    assert told["gpu_memory_reserved_bytes"] == {gpu: GIB}
+    assert told["gpu_memory_used_ratio"] == {gpu: pytest.approx(10 / 23)}
+    assert told["gpu_utilization_ratio"] == {gpu: 0.03}
+    assert told["gpu_temperature_celsius"] == {gpu: 41}
+    assert told["gpu_power_watts"] == {gpu: 17.5}
+    (labels,) = told["gpu_info"]
+    assert dict(labels) == {
+        "gpu": "GPU-a",
+        "index": "0",
+        "name": "RTX 4090",
+        "vendor": "nvidia",
+        "source": "NVML",
+        "trust": "measured",
+    }
+
+
+def test_what_a_card_does_not_tell_of_its_state_has_no_sample():
+    mute = replace(CARD, utilization_percent=GONE, temperature_celsius=GONE, power_watts=GONE)
+    memory = replace(CARD.memory, reserved_bytes=GONE)
+    gpus = Gpus(gpus=(replace(mute, memory=memory),), driver_version="580")
+    told = samples(metrics(Turn(snapshot=replace(SEEN, gpus=Seen(gpus, 89.0)))))
+    assert not {"gpu_utilization_ratio", "gpu_temperature_celsius", "gpu_power_watts"} & told.keys()
+    assert "gpu_memory_reserved_bytes" not in told
+    assert told["gpu_memory_used_ratio"] == {(("gpu", "GPU-a"),): pytest.approx(11 / 24)}
+
+
+def test_the_limits_are_those_of_the_rules_on_what_processes_can_have():
+    told = samples(metrics(Turn(rules=Rules(threshold_percent=50, unload_threshold_percent=100))))
+    usable = 23 * GIB
+    assert {labels[1][1]: size for labels, size in told["gpu_memory_limit_bytes"].items()} == {
+        "threshold": usable / 2,
+        "unload_threshold": usable,
+        "soft_limit": pytest.approx(0.9 * usable, abs=1),
+        "hard_limit": pytest.approx(0.95 * usable, abs=1),
+    }
+
+
+def test_every_tenant_of_a_card_is_told():
+    told = samples(metrics())["gpu_tenant_memory_bytes"]
+    assert {dict(labels)["tenant"]: size for labels, size in told.items()} == {
+        "ollama:llama3.1:8b": 6 * GIB,
+        "comfyui in use": 4 * GIB,
+    }
+
+
+def test_a_crowd_of_tenants_is_told_as_the_largest_and_the_rest_and_still_adds_up():
+    crowd = tuple(
+        Share(kind=ShareKind.PROCESS, tenant=f"process:{number}", bytes=1000 + number) for number in range(100)
+    )
+    others = Share(kind=ShareKind.OTHERS, tenant="others", bytes=1)
+    told = samples(metrics(tenants=Tenants((*crowd, others))))["gpu_tenant_memory_bytes"]
+    names = {dict(labels)["tenant"] for labels in told}
+    assert len(told) == TENANTS_OF_A_GPU + 2
+    assert {"process:99", "the rest", "others"} <= names
+    assert "process:0" not in names
+    assert sum(told.values()) == sum(share.bytes for share in crowd) + 1
+
+
 GAUGES_OF_READINGS = (
+    "gpu_info",
+    "gpu_memory_limit_bytes",
+    "gpu_memory_reserved_bytes",
+    "gpu_memory_used_ratio",
+    "gpu_power_watts",
+    "gpu_temperature_celsius",
+    "gpu_utilization_ratio",
     "gpu_memory_total_bytes",
     "gpu_memory_used_bytes",
     "gpu_memory_free_bytes",
@@ -261,10 +405,23 @@ def test_a_request_that_did_not_wait_leaves_no_mark_among_the_waits(outcome: str
 
 
 @pytest.mark.parametrize("kind", EventType)
-def test_every_type_of_event_can_be_counted(kind: EventType):
+def test_every_type_of_event_is_counted_from_nought(kind: EventType):
     counted = metrics()
+    assert samples(counted)["events_total"][("type", kind),] == 0
     counted.count(entry(Event(type=kind)))
-    samples(counted)
+    told = samples(counted)["events_total"]
+    assert told[("type", kind),] == 1
+    assert sum(told.values()) == 1
+
+
+def test_what_the_webhook_was_told_is_counted_from_nought():
+    counted = metrics()
+    counted.told("failed")
+    assert samples(counted)["webhook_deliveries_total"] == {
+        (("outcome", "delivered"),): 0,
+        (("outcome", "failed"),): 1,
+        (("outcome", "dropped"),): 0,
+    }
 
 
 def test_what_nobody_can_give_back_is_shown():
@@ -302,6 +459,11 @@ def test_what_is_promised_and_what_is_taken_beyond_it_is_shown() -> None:
     assert shown["lease_overclaimed_bytes"] == {(("owner", "tts"),): 0.0, (("owner", "video"),): 1.0 * GIB}
     assert shown["leases"] == {(): 3.0}
     assert shown["admissions_waiting"] == {(): 1.0}
+    assert shown["admissions_oldest_wait_seconds"] == {(): 100.0}
+
+
+def test_where_nobody_is_in_line_nobody_has_waited() -> None:
+    assert "admissions_oldest_wait_seconds" not in samples(metrics())
 
 
 def test_what_workers_say_and_do_is_counted() -> None:
@@ -309,7 +471,7 @@ def test_what_workers_say_and_do_is_counted() -> None:
     assert shown["worker_memory_bytes"] == {(("owner", "tts"),): 5.0 * GIB}
     assert shown["soft_limit_violations_total"] == {(): 2.0}
     assert shown["hard_limit_violations_total"] == {(): 3.0}
-    assert shown["leaks_total"] == {(): 1.0}
+    assert shown["leaks_total"] == {(): 3.0}
 
 
 def test_answers_and_the_quality_of_estimates_are_counted() -> None:

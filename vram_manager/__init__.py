@@ -19,6 +19,8 @@ snapshot).
     config, clock, errors  settings, the two times, everything that is expected to go wrong
     processes              who is there, who descends from whom, who ends
     client                 the standard-library door to the socket, for the CLI and for workers
+    nodes, measure         further Ollama servers: where they run their models; how fast, when somebody asks
+    report, gauges         what people read; summary: the box in a few numbers; terminal, words: how it is put
     simulator              an Ollama and a ComfyUI on one pretended GPU; production never imports it
 
 From `__main__` to a free: cli -> daemon -> cycle -> actuator -> backends/comfyui. For *why*, step aside into

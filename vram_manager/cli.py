@@ -90,17 +90,48 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--node", "urls", multiple=True, metavar="URL", help="Ask this further Ollama, from here. Repeatable.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure the speed of these nodes, or of the daemon's that tell nothing because nothing is loaded there.",
+)
 @_json_option
-def report(as_json: bool) -> None:
-    """Who holds the GPU memory now."""
-    from vram_manager.report import in_words
+def report(urls: tuple[str, ...], measure: bool, as_json: bool) -> None:
+    """Who holds the GPU memory now, and where further Ollama servers run their models.
 
-    snapshot = _get("/v1/snapshot")
-    events = _get("/v1/events?limit=8")["events"]
+    Without a daemon only the nodes given with --node are shown: exit 0, or 4 when none of them answers.
+    """
+    from vram_manager.report import text
+    from vram_manager.summary import NO_SNAPSHOT, document
+    from vram_manager.terminal import Terminal
+
+    snapshot, listed, problem = NO_SNAPSHOT, [], None
+    try:
+        snapshot, listed = _get("/v1/snapshot"), _get("/v1/events?limit=8")["events"]
+    except Unreachable as error:
+        if not urls:
+            raise
+        problem = str(error)
+        click.echo(f"vram-manager: {problem}; only the nodes are shown", err=True)
+    nodes = _nodes(urls, snapshot.get("nodes", []), measure=measure) if urls or measure else []
+    whole = document(snapshot, listed, nodes, problem=problem)
     if as_json:
-        _print_json({**snapshot, "events": events})
+        _print_json(whole)
     else:
-        click.echo(in_words(snapshot, events))
+        click.echo(text(whole, Terminal.of(sys.stdout)))
+    if problem and all(node["state"] != "ok" for node in nodes):
+        sys.exit(EXIT_UNREACHABLE)
+
+
+def _nodes(urls: tuple[str, ...], known: list[dict[str, Any]], *, measure: bool) -> list[dict[str, Any]]:
+    from vram_manager.nodes import checked, look
+
+    try:
+        urls = tuple(map(checked, urls))
+    except ValueError as error:
+        raise click.UsageError(f"--node: {error}") from error
+    return look(urls, known, measure=measure)
 
 
 @cli.command()
@@ -129,7 +160,7 @@ def top(**options: Any) -> None:
 def events(follow: bool, after: str, limit: int, as_json: bool) -> None:
     """What happened."""
     from vram_manager import client
-    from vram_manager.report import event_line
+    from vram_manager.words import event_line
 
     query = f"?limit={limit}" + (f"&after={quote(after)}" if after else "")
     listed = _get(f"/v1/events{query}")["events"]
@@ -148,11 +179,40 @@ def events(follow: bool, after: str, limit: int, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--from", "begin", default="-1h", show_default=True, metavar="TIME", help="RFC 3339, or -30m, -2h, -7d.")
+@click.option("--to", "end", default="now", show_default=True, metavar="TIME")
+@click.option("--step", type=click.IntRange(1), metavar="SECONDS", help="Else about 600 steps.")
+@click.option("--gpu", metavar="GPU", help="Index or UUID; else all.")
+@click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="To this file.")
+@_json_option
+def history(begin: str, end: str, step: int | None, gpu: str | None, out: Path | None, as_json: bool) -> None:
+    """Who had how much GPU memory over time, as CSV."""
+    from urllib.parse import urlencode
+
+    from vram_manager.client import call
+
+    asked = {"from": begin, "to": end, "step": step, "gpu": gpu, "format": "json" if as_json else "csv"}
+    query = urlencode({name: value for name, value in asked.items() if value is not None})
+    reply = call("GET", f"/v1/history?{query}")
+    if reply.status != 200:
+        _fail(EXIT_WRONG, reply.words or f"HTTP {reply.status}")
+    # One line: a page of numbers, each on a line of its own, is of use to nobody.
+    text = f"{json.dumps(reply.body)}\n" if as_json else reply.body
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text)
+    except OSError as error:
+        _fail(EXIT_WRONG, f"--out {out}: {error.strerror}")
+
+
+@cli.command()
 @click.argument("event_or_decision", required=False, metavar="[ID]")
 @_json_option
 def why(event_or_decision: str | None, as_json: bool) -> None:
     """Why something was done or not: the newest decisions, or the one behind an event or decision ID."""
-    from vram_manager.report import decision_in_words, event_line
+    from vram_manager.words import decision_in_words, event_line
 
     decisions = _get("/v1/decisions?limit=500")["decisions"]
     if event_or_decision is None:
@@ -198,7 +258,7 @@ def _related(wanted: str, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def free(stage: str, force: bool, model: str | None, wait: bool, as_json: bool) -> None:
     """Free by hand, bound by the same rules: exit 0 asked (and proven), 1 not proven, 3 refused."""
     from vram_manager import client
-    from vram_manager.report import event_line
+    from vram_manager.words import event_line
 
     wish: dict[str, object] = {"force": force}
     wish |= {"target": "ollama", "model": model} if model else {"stage": stage}
@@ -321,23 +381,54 @@ def execute(
 
 def _run(command: tuple[str, ...], lease: Any) -> int:
     """The exit status of the command, whom the signals that reach this process are passed on to."""
-    import signal
-    import subprocess
+    from vram_manager import child
 
-    hold = lease.hold_fd
+    # The command has the connection too: should this process be killed, the lease still lives as long as it.
+    hold = () if lease.hold_fd is None else (lease.hold_fd,)
     try:
-        # The command has the connection too: should this process be killed, the lease still lives as long as it.
-        child = subprocess.Popen(command, pass_fds=() if hold is None else (hold,))
-    except OSError as error:
-        click.echo(f"vram-manager: {command[0]}: {error.strerror}", err=True)
-        return 127 if isinstance(error, FileNotFoundError) else 126
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT):
-        # A terminal sends these two to the command itself.
-        from_terminal = number in (signal.SIGINT, signal.SIGQUIT) and sys.stdin is not None and sys.stdin.isatty()
-        signal.signal(number, signal.SIG_IGN if from_terminal else lambda number, _: child.send_signal(number))
-    lease.renew(pid=child.pid)
-    status = child.wait()
-    return 128 - status if status < 0 else status
+        return child.run(command, pass_fds=hold, started=lambda pid: lease.renew(pid=pid))
+    except child.CannotRun as error:
+        click.echo(f"vram-manager: {error}", err=True)
+        return error.status
+
+
+def _file(words: str) -> Any:
+    return {"type": click.Path(dir_okay=False, path_type=Path), "metavar": "FILE", "help": words}
+
+
+@cli.command("record", context_settings={"allow_interspersed_args": False})
+@click.option("--out", "timeline", **_file("The whole course, as CSV, written as it goes. Without it none is written."))
+@click.option("--plot", "picture", **_file("A picture: .png, .svg or .pdf (needs vram-manager[plot])."))
+@click.option("--summary", **_file("The statistics as one JSON document."))
+@click.option(
+    "--interval",
+    "interval_seconds",
+    type=click.FloatRange(0.005, 3600),
+    default=0.05,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between two looks: a peak that lasts longer is surely seen.",
+)
+@click.option("--gpu", metavar="GPU", help="Index or UUID; else all.")
+@click.option("--json", "as_json", is_flag=True, help="The statistics as the last line of stderr, as JSON.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
+def record_command(command: tuple[str, ...], **options: Any) -> None:
+    """Runs CMD, records the GPU memory that is taken meanwhile, and ends with its exit status.
+
+    The statistics are told on stderr; stdin and stdout are CMD's alone. Exit 2: a wrong option, and CMD was not run;
+    126 and 127 CMD cannot be run; 128 + N ended by signal N. A GPU that cannot be read is a warning.
+    """
+    from vram_manager import config
+    from vram_manager.gpus.all import AllGpus
+    from vram_manager.record import run, sources
+
+    settings = config.load()
+    deadline = settings.gpu.vram_check_timeout_seconds
+    # Held awake: the command is about to use it.
+    asked: list[sources.Source] = [sources.Drivers(lambda: AllGpus(deadline_seconds=deadline, gpu_sleep=False))]
+    if settings.comfyui.comfyui_url:
+        asked.append(sources.ComfyUI(settings.comfyui.comfyui_url, settings.comfyui.comfyui_headers))
+    sys.exit(run.record(command, run.Wish(**options), [*asked, sources.Daemon()]))
 
 
 @cli.command()
@@ -346,7 +437,7 @@ def _run(command: tuple[str, ...], lease: Any) -> int:
 def leases(ended: str | None, as_json: bool) -> None:
     """Who was promised how much, and who waits in line."""
     from vram_manager.client import call
-    from vram_manager.report import leases_in_words
+    from vram_manager.words import leases_in_words
 
     if ended is not None:
         reply = call("DELETE", f"/v1/leases/{quote(ended, safe='')}")

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Protocol
@@ -29,23 +29,29 @@ from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.http import JsonClient
 from vram_manager.backends.ollama import HttpOllama
 from vram_manager.clock import Clock
-from vram_manager.config import Settings, unknown_names
+from vram_manager.config import LookingSettings, Settings, unknown_names, without_secrets
 from vram_manager.cycle import Cycle
 from vram_manager.domain.lease import Lease
+from vram_manager.domain.size import MIB
 from vram_manager.domain.snapshot import Snapshot
 from vram_manager.estimates import Estimates
+from vram_manager.floors import Floors
 from vram_manager.gateway.gateways import Gateways
 from vram_manager.gateway.waiting import Desk
 from vram_manager.gpus import GpuSensor
 from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.history import History
 from vram_manager.journal import Journal
 from vram_manager.metrics import Metrics
+from vram_manager.nodes import Nodes
 from vram_manager.observer import Observer
+from vram_manager.policy.accounting import gpus_seen
 from vram_manager.policy.repair import reserved
 from vram_manager.processes import Processes
 from vram_manager.runs import Runs
 from vram_manager.store import Store, alone_in
 from vram_manager.tenants import Tenants
+from vram_manager.webhook import Webhook
 from vram_manager.workers import Workers
 
 # Exit status of a container that should be started again: it lost the GPU device and only a restart gives it back.
@@ -72,6 +78,10 @@ class Daemon:
     runs: Runs
     gateways: Gateways
     tenants: Tenants
+    history: History
+    floors: Floors
+    webhook: Webhook | None
+    nodes: Nodes
 
     async def run(self) -> None:
         """Reads, turns and records until cancelled; the death of any part ends all."""
@@ -82,11 +92,18 @@ class Daemon:
             tasks.create_task(self.admissions.run(), name="admissions")
             tasks.create_task(self.estimates.write_behind(), name="write estimates")
             tasks.create_task(self.runs.run(), name="comfyui runs")
+            tasks.create_task(self.history.write_behind(), name="write samples")
+            tasks.create_task(self.floors.write_behind(), name="write floors")
+            tasks.create_task(self.nodes.run(), name="nodes")
+            if self.webhook is not None:
+                tasks.create_task(self.webhook.run(), name="webhook")
 
     def close(self) -> None:
         """Writes what is not yet written, and closes the history. Blocks."""
         self.admissions.close()
         self.estimates.flush()
+        self.floors.flush()
+        self.history.close()
         self.journal.close()
 
     @contextlib.asynccontextmanager
@@ -95,15 +112,18 @@ class Daemon:
         service = self.settings.service
         admissions = AdmissionRoutes(self.clock, self.admissions, self.estimates, self.cycle.rules, self.processes)
         parts = Parts(
-            self.clock,
-            self.cycle,
-            self.observer,
-            self.journal,
-            self.metrics.render,
-            admissions,
-            self.workers,
-            self.gateways.waiting,
-            self.tenants,
+            clock=self.clock,
+            cycle=self.cycle,
+            observer=self.observer,
+            journal=self.journal,
+            metrics=self.metrics.render,
+            admissions=admissions,
+            workers=self.workers,
+            held=self.gateways.waiting,
+            tenants=self.tenants,
+            history=self.history,
+            floors=self.floors,
+            nodes=self.nodes,
         )
         async with contextlib.AsyncExitStack() as stack:
             path = service.vram_socket
@@ -130,6 +150,7 @@ def build(
     gpus: GpuSensor | None,
     ollama: Ollama | None,
     comfyui: ComfyUI | None,
+    nodes: Mapping[str, Ollama] | None = None,
 ) -> Daemon:
     """Every part of a daemon over the given rim: the real one, or the simulator's."""
     rules = settings.rules()
@@ -157,6 +178,7 @@ def build(
         on_demand=observer.changed.set,
     )
     runs = Runs(clock, comfyui, estimates, rules)
+    floors = Floors(clock, journal, rules, store, workers=workers.all)
     desk = Desk(
         clock=clock,
         observer=observer,
@@ -169,9 +191,22 @@ def build(
     )
     gateways = Gateways(desk, settings)
     tenants = Tenants(cycle, admissions, workers)
-    metrics = Metrics(clock, cycle, observer, admissions, workers)
+    history = History(clock, store, interval_seconds=rules.interval_seconds)
+    further = Nodes(clock, nodes or {}, journal.record)
+    metrics = Metrics(clock, cycle, observer, admissions, workers, tenants, nodes=further, floors=floors)
     journal.listen(metrics.count)
-    cycle.on_turn = metrics.turned
+    journal.listen(floors.freed)
+    webhook = _webhook(settings.looking, clock)
+    if webhook is not None:
+        webhook.on_outcome = metrics.told
+        journal.listen(webhook.listen)
+
+    def turned(seconds: float) -> None:
+        metrics.turned(seconds)
+        if cycle.snapshot is not None:
+            history.turned(cycle.snapshot, gpus_seen(cycle.snapshot), tenants.now())
+
+    cycle.on_turn = turned
     admissions.on_answer = metrics.answered
 
     def lease_ended(lease: Lease) -> None:
@@ -186,10 +221,12 @@ def build(
         snapshot = gateways.with_prompts(snapshot)
         snapshot = admissions.seen(snapshot)
         starting = (*workers.demands(snapshot.taken_at), *runs.turned(snapshot))
+        floors.turned(snapshot)
         return replace(snapshot, asks=(*snapshot.asks, *starting))
 
     admissions.on_end = lease_ended
     runs.on_need = observer.changed.set
+    runs.on_over = floors.worked
     admissions.reserved = lambda: reserved(cycle.watch, rules)
     observer.served = gateways.served
     desk.on_request = metrics.at_gateway
@@ -208,7 +245,17 @@ def build(
         runs=runs,
         gateways=gateways,
         tenants=tenants,
+        history=history,
+        floors=floors,
+        webhook=webhook,
+        nodes=further,
     )
+
+
+def _webhook(looking: LookingSettings, clock: Clock) -> Webhook | None:
+    if not looking.vram_webhook_url:
+        return None
+    return Webhook(clock, looking.vram_webhook_url, looking.vram_webhook_events, looking.vram_webhook_secret)
 
 
 def log_to(stream: Any, *, json_lines: bool, debug: bool) -> None:
@@ -261,7 +308,8 @@ async def serve(settings: Settings) -> int:
     async with contextlib.AsyncExitStack() as stack:
         directory = settings.service.vram_state_dir
         stack.enter_context(alone_in(directory))
-        store = await asyncio.to_thread(Store.open, directory)
+        most_bytes = settings.looking.vram_history_mb * MIB
+        store = await asyncio.to_thread(Store.open, directory, most_bytes)
         if store.problem:
             logger.warning(store.problem)
         nvml = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
@@ -270,8 +318,12 @@ async def serve(settings: Settings) -> int:
         for server in (ollama, comfyui):
             if server is not None:
                 stack.push_async_callback(server.aclose)
-        daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui)
+        nodes = _further(settings)
+        daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui, nodes=nodes)
+        stack.push_async_callback(daemon.nodes.aclose)
         stack.callback(daemon.close)
+        if daemon.webhook is not None:
+            stack.push_async_callback(daemon.webhook.aclose)
         await stack.enter_async_context(daemon.listening())
         # What is there by now stays: it need not be walked through again and again while somebody waits for an answer.
         gc.collect()
@@ -292,6 +344,12 @@ def _servers(settings: Settings) -> tuple[HttpOllama | None, HttpComfyUI | None]
         if comfyui.comfyui_url
         else None,
     )
+
+
+def _further(settings: Settings) -> dict[str, Ollama]:
+    """The servers of OLLAMA_NODES by URL."""
+    urls = settings.looking.ollama_nodes
+    return {url: HttpOllama(JsonClient(url, name=without_secrets(url))) for url in urls}
 
 
 async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) -> int:

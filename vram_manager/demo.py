@@ -25,8 +25,8 @@ from vram_manager.daemon import Daemon, build, log_to
 from vram_manager.domain.event import EventType
 from vram_manager.domain.size import GIB, gib
 from vram_manager.gateway.waiting import WAITED_HEADER
+from vram_manager.gauges import bar
 from vram_manager.journal import Entry
-from vram_manager.report import bar
 from vram_manager.simulator.comfyui_executor import ComfyUISettings as ComfyUIPace
 from vram_manager.simulator.ollama_runner import OllamaSettings as OllamaPace
 from vram_manager.simulator.serve import serving

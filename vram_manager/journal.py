@@ -262,6 +262,8 @@ def _who(target: str | None) -> str:
         return f"Ollama model {target.removeprefix('ollama:')}"
     if target.startswith("worker:"):
         return target.removeprefix("worker:")
+    if target.startswith("node:"):
+        return f"Ollama at {target.removeprefix('node:')}"
     return _SENSOR_NAMES.get(target, target)
 
 

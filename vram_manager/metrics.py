@@ -5,8 +5,8 @@ What is not known has no sample: a gap in a graph, never a zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,13 +16,19 @@ from prometheus_client.registry import Collector
 from vram_manager import __version__
 from vram_manager.clock import Clock
 from vram_manager.domain.event import EventType
+from vram_manager.domain.floor import Floor
 from vram_manager.domain.lease import Book, Lease
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
-from vram_manager.domain.snapshot import GpuMemory, Snapshot
+from vram_manager.domain.share import Share, ShareKind
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Snapshot
 from vram_manager.domain.watch import Watch
 from vram_manager.journal import Entry
+from vram_manager.policy.rules import Rules
 
 PREFIX = "vram_manager_"
+# Names of tenants come from outside: of each GPU the largest have a series of their own, the rest are "the rest".
+TENANTS_OF_A_GPU = 32
+WEBHOOK_OUTCOMES = ("delivered", "failed", "dropped")
 _REPAIRS = {EventType.REPAIRED: "repaired", EventType.REPAIR_FAILED: "failed"}
 _OUTCOMES = {
     EventType.FREED: "freed",
@@ -38,6 +44,13 @@ class Watched(Protocol):
     snapshot: Snapshot | None
     watch: Watch
     turned_at: float | None
+    rules: Rules
+
+
+class Sharing(Protocol):
+    """Who has how much of each GPU."""
+
+    def now(self) -> Mapping[str, Sequence[Share]]: ...
 
 
 class Sensing(Protocol):
@@ -62,11 +75,33 @@ class Watching(Protocol):
     def memory(self) -> Mapping[str, int]: ...
 
 
+class Viewed(Protocol):
+    """What is shown by the API as JSON, and has numbers: further Ollama servers."""
+
+    def views(self) -> list[dict[str, Any]]: ...
+
+
+class Rising(Protocol):
+    """What the numbers of floors are read from."""
+
+    leaks: int
+
+    def now(self) -> Iterable[Floor]: ...
+
+
 class Metrics(Collector):
     """All metrics of one daemon, in a registry of their own."""
 
     def __init__(
-        self, clock: Clock, cycle: Watched, observer: Sensing, admissions: Promising, workers: Watching
+        self,
+        clock: Clock,
+        cycle: Watched,
+        observer: Sensing,
+        admissions: Promising,
+        workers: Watching,
+        tenants: Sharing,
+        nodes: Viewed | None = None,
+        floors: Rising | None = None,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._clock = clock
@@ -74,8 +109,18 @@ class Metrics(Collector):
         self._observer = observer
         self._admissions = admissions
         self._workers = workers
+        self._tenants = tenants
+        self._nodes = nodes
+        self._floors = floors
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        # From 0 on: the first of a kind is a rise too.
+        self._events = self._counter("events", "Recorded events by type.", ("type",))
+        for kind in EventType:
+            self._events.labels(kind)
+        self._webhook = self._counter("webhook_deliveries", "Events for the webhook by outcome.", ("outcome",))
+        for outcome in WEBHOOK_OUTCOMES:
+            self._webhook.labels(outcome)
         self._frees = self._counter("frees", "Frees by how they ended.", ("target", "stage", "outcome"))
         self._freed = self._counter("freed_bytes", "Bytes proven to have come back.", ("target", "stage"))
         self._fallbacks = self._counter("cpu_fallbacks", "Placements of an Ollama model that touch the CPU.")
@@ -117,6 +162,7 @@ class Metrics(Collector):
     def count(self, entry: Entry) -> None:
         """Counts one journal entry."""
         event = entry.event
+        self._events.labels(event.type).inc()
         target, stage = (event.target or "").partition(":")[0], event.stage or ""
         # A dry run that would have refused a worker is no free.
         if (outcome := _OUTCOMES.get(event.type)) is not None and target != "worker":
@@ -134,6 +180,10 @@ class Metrics(Collector):
         self._gateway.labels(upstream, outcome).inc()
         if outcome in {"held", "timeout", "refused"}:
             self._holds.observe(waited_seconds)
+
+    def told(self, outcome: str) -> None:
+        """Counts one event that the webhook was to be told."""
+        self._webhook.labels(outcome).inc()
 
     def turned(self, seconds: float) -> None:
         """Counts one turn."""
@@ -167,6 +217,8 @@ class Metrics(Collector):
             ("gpu",),
         )
         yield from self._promises()
+        yield from self._node_gauges()
+        yield from self._floor_gauges()
         up: dict[tuple[str, ...], float] = {}
         ages: dict[tuple[str, ...], float] = {}
         now = self._clock.monotonic()
@@ -191,17 +243,20 @@ class Metrics(Collector):
         yield self._gauge("lease_overclaimed_bytes", "Memory taken beyond what was leased.", over, ("owner",))
         yield self._gauge("leases", "Live leases.", {(): float(len(book.leases))}, ())
         yield self._gauge("admissions_waiting", "Admission requests in line.", {(): float(len(book.line))}, ())
+        oldest = min((ticket.since for ticket in book.line), default=None)
+        waited: dict[tuple[str, ...], float] = {} if oldest is None else {(): self._clock.monotonic() - oldest}
+        yield self._gauge("admissions_oldest_wait_seconds", "How long the first in line has waited.", waited, ())
         held: dict[tuple[str, ...], float] = {(owner,): float(size) for owner, size in self._workers.memory().items()}
         yield self._gauge("worker_memory_bytes", "GPU memory a worker last reported as its own.", held, ("owner",))
         soft, hard, leaks = self._workers.soft_violations, self._workers.hard_violations, self._workers.leaks
         yield self._sum("soft_limit_violations", "Use that stayed above the soft limit.", soft)
         yield self._sum("hard_limit_violations", "Checks answered with: stop before you allocate.", hard)
-        yield self._sum("leaks", "Workers whose memory between generations kept growing.", leaks)
+        leaks += 0 if self._floors is None else self._floors.leaks
+        yield self._sum("leaks", "Tenants whose memory between generations kept growing.", leaks)
 
     def _gpu_gauges(self, snapshot: Snapshot) -> Iterator[GaugeMetricFamily]:
-        memories = {}
-        if isinstance(snapshot.gpus, Seen):
-            memories = {gpu.uuid: gpu.memory for gpu in snapshot.gpus.value.gpus if isinstance(gpu.memory, GpuMemory)}
+        gpus = snapshot.gpus.value.gpus if isinstance(snapshot.gpus, Seen) else ()
+        memories = {gpu.uuid: gpu.memory for gpu in gpus if isinstance(gpu.memory, GpuMemory)}
         for name in ("total", "used", "free"):
             yield self._gauge(
                 f"gpu_memory_{name}_bytes",
@@ -209,6 +264,57 @@ class Metrics(Collector):
                 {(uuid,): float(getattr(memory, f"{name}_bytes")) for uuid, memory in memories.items()},
                 ("gpu",),
             )
+        reserves: dict[tuple[str, ...], float] = {}
+        ratios: dict[tuple[str, ...], float] = {}
+        limits: dict[tuple[str, ...], float] = {}
+        for uuid, memory in memories.items():
+            if not isinstance(memory.reserved_bytes, Missing):
+                reserves[(uuid,)] = float(memory.reserved_bytes)
+            ratios[(uuid,)] = memory.used_percent / 100
+            limits |= {(uuid, name): size for name, size in self._limits(memory.usable_bytes).items()}
+        yield self._gauge("gpu_memory_reserved_bytes", "What the driver keeps for itself.", reserves, ("gpu",))
+        yield self._gauge("gpu_memory_used_ratio", "Taken of what processes can have.", ratios, ("gpu",))
+        words = "What taken memory is compared with: thresholds of the frees, limits of the workers."
+        yield self._gauge("gpu_memory_limit_bytes", words, limits, ("gpu", "limit"))
+        yield from self._gpu_state(gpus)
+        words = "Memory taken on a GPU by who has it; adds up to all that is taken."
+        yield self._gauge("gpu_tenant_memory_bytes", words, self._shares(), ("gpu", "kind", "tenant"))
+
+    def _limits(self, usable_bytes: int) -> dict[str, float]:
+        rules = self._cycle.rules
+        return {
+            "threshold": usable_bytes * rules.threshold_percent / 100,
+            "unload_threshold": usable_bytes * rules.unload_threshold_percent / 100,
+            "soft_limit": float(rules.soft_limit.on(usable_bytes)),
+            "hard_limit": float(rules.hard_limit.on(usable_bytes)),
+        }
+
+    def _gpu_state(self, gpus: Sequence[Gpu]) -> Iterator[GaugeMetricFamily]:
+        told: dict[tuple[str, ...], float] = {
+            (gpu.uuid, str(gpu.index), gpu.name, gpu.vendor, gpu.source, str(gpu.trust)): 1.0 for gpu in gpus
+        }
+        labels = ("gpu", "index", "name", "vendor", "source", "trust")
+        yield self._gauge("gpu_info", "A GPU, and how its numbers are known.", told, labels)
+        for name, field, unit, words in (
+            ("gpu_utilization_ratio", "utilization_percent", 0.01, "Part of the time in which the GPU computed."),
+            ("gpu_temperature_celsius", "temperature_celsius", 1.0, "Temperature of the GPU, up to a minute old."),
+            ("gpu_power_watts", "power_watts", 1.0, "Power that the GPU draws, up to a minute old."),
+        ):
+            values = {gpu.uuid: getattr(gpu, field) for gpu in gpus}
+            known: dict[tuple[str, ...], float] = {
+                (uuid,): value * unit for uuid, value in values.items() if not isinstance(value, Missing)
+            }
+            yield self._gauge(name, words, known, ("gpu",))
+
+    def _shares(self) -> dict[tuple[str, ...], float]:
+        found: dict[tuple[str, ...], float] = {}
+        for gpu, shares in self._tenants.now().items():
+            largest = sorted(shares, key=lambda share: -share.bytes)
+            for rank, share in enumerate(largest):
+                named = rank < TENANTS_OF_A_GPU or share.kind is ShareKind.OTHERS
+                key = (gpu, str(share.kind), share.tenant if named else "the rest")
+                found[key] = found.get(key, 0.0) + share.bytes
+        return found
 
     def _tenant_gauges(self, snapshot: Snapshot) -> Iterator[GaugeMetricFamily]:
         tenants: dict[tuple[str, ...], float] = {}
@@ -229,6 +335,26 @@ class Metrics(Collector):
         if isinstance(snapshot.queue, Seen):
             remaining: dict[tuple[str, ...], float] = {(): float(snapshot.queue.value.remaining)}
             yield self._gauge("comfyui_queue_remaining", "Prompts running or waiting in ComfyUI.", remaining, ())
+
+    def _node_gauges(self) -> Iterator[GaugeMetricFamily]:
+        views = [] if self._nodes is None else self._nodes.views()
+        nodes = [node for node in views if node["state"] != "unread"]
+        up: dict[tuple[str, ...], float] = {(node["url"],): float(node["state"] == "ok") for node in nodes}
+        yield self._gauge("node_up", "1 when a further Ollama server answers.", up, ("node",))
+        for name in ("vram", "ram"):
+            held: dict[tuple[str, ...], float] = {
+                (node["url"],): float(size) for node in nodes if (size := node[f"{name}_bytes"]) is not None
+            }
+            words = f"What the models of a further Ollama server take of its {name.upper()}."
+            yield self._gauge(f"node_ollama_{name}_bytes", words, held, ("node",))
+
+    def _floor_gauges(self) -> Iterator[GaugeMetricFamily]:
+        floors = () if self._floors is None else tuple(self._floors.now())
+        labels = ("tenant", "measure")
+        kept: dict[tuple[str, ...], float] = {(one.tenant, one.measure): float(one.floor_bytes) for one in floors}
+        grown: dict[tuple[str, ...], float] = {(one.tenant, one.measure): float(one.growth_bytes) for one in floors}
+        yield self._gauge("idle_floor_bytes", "What a tenant keeps when nothing of it is wanted.", kept, labels)
+        yield self._gauge("idle_floor_growth_bytes", "How much that has risen since it started.", grown, labels)
 
     @staticmethod
     def _sum(name: str, words: str, number: int) -> Metric:

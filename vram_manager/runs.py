@@ -13,13 +13,16 @@ from collections.abc import Callable
 from vram_manager.backends import ComfyUI
 from vram_manager.clock import Clock
 from vram_manager.domain.demand import Demand, Kind
+from vram_manager.domain.floor import Work
 from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Queue, Snapshot
 from vram_manager.errors import SensorError
 from vram_manager.estimates import Estimates
 from vram_manager.policy import Rules
 from vram_manager.policy.accounting import Hold, comfyui_gpu, comfyui_hold, gpus_seen
+from vram_manager.policy.drift import known_as
 from vram_manager.policy.plan import first_stage
+from vram_manager.policy.workflow import workflow_facts
 
 # The queue is asked again while it works, as prompts are added: a reply may be some 100 kB.
 ASK_SECONDS = 5.0
@@ -37,10 +40,12 @@ class Runs:
         self._run: int | None = None
         self._since = 0.0
         self._need_bytes: int | None = None
-        self._subjects: set[str] = set()
+        self._works: set[Work] = set()
         self._peak_bytes = 0
         self.on_need: Callable[[], object] = lambda: None
         """Called when it is known what ComfyUI needs: the next turn need not wait for its beat."""
+        self.on_over: Callable[[int, frozenset[Work]], object] = lambda run, works: None
+        """Called when a run is over, with what it is known to have worked with."""
 
     def turned(self, snapshot: Snapshot) -> tuple[Demand, ...]:
         """What ComfyUI is short of now. Call it every turn."""
@@ -78,22 +83,26 @@ class Runs:
             workflows = await comfyui.prompts()
         except SensorError:
             return
-        need = 0
+        need, works = 0, set()
         for workflow in workflows:
             estimate = await self._estimates.of(required=None, model=None, context=None, workflow=workflow)
             if estimate.names and estimate.subject is not None:
                 need = max(need, estimate.size.bytes or 0)
-                self._subjects.add(estimate.subject)
+                works.add(Work(estimate.subject, known_as(workflow_facts(workflow))))
         if run is not None and run == self._run:
+            self._works |= works
             self._need_bytes = need or None
             self.on_need()
 
     def _over(self) -> None:
         """A run has ended. Of several workflows nobody can tell which one took how much."""
-        if self._run is not None and len(self._subjects) == 1 and self._peak_bytes:
-            self._estimates.learn(next(iter(self._subjects)), peak_bytes=self._peak_bytes)
+        if self._run is not None:
+            subjects = {work.subject for work in self._works}
+            if len(subjects) == 1 and self._peak_bytes:
+                self._estimates.learn(subjects.pop(), peak_bytes=self._peak_bytes)
+            self.on_over(self._run, frozenset(self._works))
         self._run, self._need_bytes, self._peak_bytes = None, None, 0
-        self._subjects = set()
+        self._works = set()
 
     def _held(self, snapshot: Snapshot) -> tuple[Gpu, Hold] | None:
         gpus = gpus_seen(snapshot)

@@ -1,9 +1,10 @@
 """Tells chosen events to a URL of the user's: one POST for each, in order, again for a while when it fails.
 
-    {"id": "leak-0412", "at": ..., "type": "leak", ...as in /v1/events..., "text": "<the log line>", "content": "<the same>"}
+    {"id": "leak-0412", "at": ..., "type": "leak", and so on as in /v1/events, "text": ..., "content": ...}
 
-`text` is what Slack and Mattermost show, `content` what Discord does. The receiver may get an event twice (its answer was
-lost), and knows it by X-Vram-Manager-Delivery. URLs of webhooks are secrets: of ours only scheme and host are ever told.
+`text` is the log line, which Slack and Mattermost show; `content` is the same for Discord. The receiver may get an
+event twice, when its answer was lost, and knows it by X-Vram-Manager-Delivery. URLs of webhooks are secrets: only
+scheme and host are ever told.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from vram_manager import __version__
@@ -40,14 +42,14 @@ Outcome: TypeAlias = Literal["delivered", "failed", "dropped"]
 
 QUEUE_EVENTS: Final = 256
 DEADLINE_SECONDS: Final = 10.0
-# Five tries of 10 s and four pauses of 60 s at most stay under five minutes; unhindered the pauses are 5, 15, 45, 60 s
-# and a little more each: a receiver that is started anew is back by then.
+# Five tries of 10 s and four pauses of 60 s at most stay under five minutes; the usual pauses are 5, 15, 45, 55 s
+# and up to 5 s more each: a receiver that is started anew is back by then.
 TRIES: Final = 5
 LONGEST_PAUSE_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 2.0
 # What Discord takes; Slack and Mattermost take more.
 TEXT_CHARACTERS: Final = 2000
-_PAUSE: Final = wait_exponential_jitter(initial=5, exp_base=3, max=LONGEST_PAUSE_SECONDS, jitter=5)
+_PAUSE: Final = wait_exponential(multiplier=5, exp_base=3, max=LONGEST_PAUSE_SECONDS - 5) + wait_random(0, 5)
 _LATER: Final = frozenset({408, 425, 429})
 
 
@@ -188,7 +190,8 @@ class Webhook:
             "Content-Type": "application/json",
             "User-Agent": f"vram-manager/{__version__}",
             "X-Vram-Manager-Event": str(entry.event.type),
-            "X-Vram-Manager-Delivery": entry.id,
+            # The id alone would come again where no history is kept over a restart.
+            "X-Vram-Manager-Delivery": f"{entry.id}.{int(entry.at.timestamp() * 1000)}",
             "X-Vram-Manager-Timestamp": stamp,
         }
         if self._key is not None:

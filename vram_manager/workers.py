@@ -161,6 +161,10 @@ class Workers:
             for worker in self._workers.values()
         ]
 
+    def all(self) -> tuple[Worker, ...]:
+        """Every worker that is known."""
+        return tuple(self._workers.values())
+
     def memory(self) -> dict[str, int]:
         """What each worker last said it holds; who never said so is left out."""
         said = {owner: worker.report.held_bytes for owner, worker in self._workers.items()}

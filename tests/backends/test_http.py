@@ -14,7 +14,7 @@ import httpx
 import pytest
 import respx
 
-from vram_manager.backends.http import REPLY_LIMIT_BYTES, HttpStatus, JsonClient
+from vram_manager.backends.http import REPLY_LIMIT_BYTES, HttpStatus, JsonClient, errors_of
 from vram_manager.errors import Rejected, SensorError, TimedOut
 
 BASE = "http://server.test:1234"
@@ -371,3 +371,11 @@ async def test_a_post_sends_json_and_needs_no_body_in_return() -> None:
     assert json.loads(body) == {"a": True}
     assert b"content-type: application/json" in head.lower()
     assert b"\r\norigin:" not in head.lower()
+
+
+def test_errors_that_are_each_others_cause_are_told_in_their_own_words() -> None:
+    first, second = httpx.ConnectError("first"), httpx.ConnectError("second")
+    first.__cause__, second.__cause__ = second, first
+
+    with pytest.raises(SensorError, match="first"), errors_of("GET /x", server="ollama", deadline=1):
+        raise first

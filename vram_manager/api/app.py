@@ -20,13 +20,17 @@ from vram_manager.admissions import CHECK_LOOK_SECONDS
 from vram_manager.api import fields, views, workers
 from vram_manager.api.admissions import AdmissionRoutes
 from vram_manager.api.fields import BadRequest, JSONResponse, error
+from vram_manager.api.history import HistoryRoute
 from vram_manager.api.openapi import DOCUMENT
 from vram_manager.clock import Clock
 from vram_manager.cycle import Cycle
 from vram_manager.domain.action import Action, FreeComfyUI, Stage, UnloadModel
 from vram_manager.domain.decision import ManualFree
+from vram_manager.floors import Floors
 from vram_manager.gateway.waiting import Waiter
+from vram_manager.history import History
 from vram_manager.journal import Entry, Journal, as_json
+from vram_manager.nodes import Nodes
 from vram_manager.observer import Observer
 from vram_manager.tenants import Tenants
 from vram_manager.workers import Workers
@@ -38,7 +42,7 @@ KEEP_ALIVE_SECONDS = 15.0
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What the routes look at."""
 
@@ -51,6 +55,9 @@ class Parts:
     workers: Workers
     held: Callable[[], tuple[Waiter, ...]]
     tenants: Tenants
+    history: History
+    floors: Floors
+    nodes: Nodes
 
 
 def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
@@ -81,6 +88,7 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
             Route("/v1/snapshot", routes.snapshot),
             Route("/v1/events", routes.events),
             Route("/v1/decisions", routes.decisions),
+            Route("/v1/history", HistoryRoute(parts.clock, parts.history, parts.journal).get),
             Route("/v1/free", guarded(routes.free), methods=["POST"]),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
@@ -121,7 +129,14 @@ class _Routes:
         now = self._parts.clock.monotonic()
         held = [views.waiter(one, now) for one in self._parts.held()]
         seen = views.snapshot(self._parts.clock, self._parts.cycle, self._parts.tenants.now())
-        return JSONResponse({**seen, "leases": leases, "line": self._parts.admissions.line(), "held": held})
+        further = {
+            "leases": leases,
+            "line": self._parts.admissions.line(),
+            "held": held,
+            "nodes": self._parts.nodes.views(),
+            "floors": self._parts.floors.views(),
+        }
+        return JSONResponse(seen | further)
 
     async def decisions(self, request: Request) -> Response:
         limit = _number(request, "limit", default=50)

@@ -7,8 +7,10 @@ from typing import Any
 from vram_manager import __version__
 from vram_manager.domain.demand import Kind
 from vram_manager.domain.event import EventType
+from vram_manager.domain.sample import Level
 from vram_manager.domain.share import Certainty, ShareKind
 from vram_manager.domain.snapshot import Trust
+from vram_manager.policy.series import COLUMNS
 
 
 def _json(words: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -241,6 +243,25 @@ _OLLAMA = {
         "models": {"type": ["array", "null"], "items": _MODEL},
     },
 }
+_NODE = {
+    "type": "object",
+    "required": ["url", "state", "why", "age_seconds", "version", "verdict", "vram_bytes", "ram_bytes", "models"],
+    "properties": {
+        "url": {"type": "string", "description": "Without a name and password in it"},
+        "state": {"enum": ["ok", "missing", "unread"]},
+        "why": _nullable("string"),
+        "remedy": _nullable("string"),
+        "age_seconds": _nullable("number"),
+        "version": _nullable("string"),
+        "verdict": {
+            "enum": ["gpu", "cpu", "split", "idle", "unknown"],
+            "description": "Where its models are, by what it tells of their sizes; idle: nothing is loaded",
+        },
+        "vram_bytes": _nullable("integer"),
+        "ram_bytes": _nullable("integer"),
+        "models": {"type": ["array", "null"], "items": _MODEL},
+    },
+}
 _HELD = {
     "type": "object",
     "required": ["upstream", "what", "why", "waited_seconds"],
@@ -279,8 +300,49 @@ _GPU = {
         "trust": {"enum": [str(trust) for trust in Trust], "description": "How sure its numbers are"},
         "source": {"type": "string", "description": "Where its memory is read from"},
         "leased_bytes": {"type": "integer", "description": "What of its free memory is promised"},
+        "fits_bytes": {"type": ["integer", "null"], "description": "The largest request that would be admitted now"},
+        "unknown": {
+            "type": "object",
+            "description": "Why utilization_percent, temperature_celsius or power_watts is null",
+            "additionalProperties": {"type": "string"},
+        },
         "limits": {"type": ["object", "null"], "additionalProperties": {"type": "integer"}},
         "tenants": {"type": "array", "description": "Who has what is taken; adds up to taken_bytes", "items": _SHARE},
+    },
+}
+_FLOOR = {
+    "type": "object",
+    "required": [
+        "tenant",
+        "measure",
+        "baseline_bytes",
+        "floor_bytes",
+        "growth_bytes",
+        "generations",
+        "leak",
+        "points",
+    ],
+    "properties": {
+        "tenant": {"type": "string", "description": "comfyui, ollama, ollama:MODEL, worker:OWNER or others"},
+        "measure": {"type": "string", "description": "How and when it was measured"},
+        "baseline_bytes": {"type": "integer", "description": "What it was at first"},
+        "floor_bytes": {"type": "integer", "description": "What it is now"},
+        "growth_bytes": {"type": "integer"},
+        "generations": {"type": "integer", "description": "Runs, loads or generations between the points"},
+        "leak": {"type": "boolean", "description": "A leak was told of it"},
+        "points": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["at", "bytes", "runs", "ran"],
+                "properties": {
+                    "at": {"type": "string", "format": "date-time"},
+                    "bytes": {"type": "integer"},
+                    "runs": {"type": "integer", "description": "Since the point before"},
+                    "ran": {"type": "array", "items": {"type": "string"}},
+                },
+            },
+        },
     },
 }
 _SNAPSHOT = {
@@ -295,6 +357,7 @@ _SNAPSHOT = {
         "comfyui",
         "leases",
         "line",
+        "floors",
         "demands",
         "held",
         "unreclaimable_bytes",
@@ -311,12 +374,56 @@ _SNAPSHOT = {
         "ollama": _OLLAMA,
         "comfyui": {"type": ["object", "null"]},
         "leases": {"type": "array", "items": _LEASE},
+        "floors": {
+            "type": "array",
+            "description": "What tenants keep when nothing of them is wanted, the newest first",
+            "items": _FLOOR,
+        },
         "line": {"type": "array", "description": "Who waits for a lease, in order", "items": {"type": "object"}},
         "demands": {"type": "array", "description": "Who needs memory", "items": _DEMAND},
         "held": {"type": "array", "description": "Calls that wait at a gateway now, oldest first", "items": _HELD},
         "unreclaimable_bytes": {"type": "object", "additionalProperties": {"type": "integer"}},
         "settling": {"type": ["string", "null"], "description": "Why the free was asked whose proof is waited for"},
         "now": {"type": ["string", "null"], "description": "The last decision in words"},
+        "margin_bytes": {"type": ["integer", "null"], "description": "What an admission leaves free"},
+        "nodes": {"type": "array", "description": "Further Ollama servers, of OLLAMA_NODES", "items": _NODE},
+    },
+}
+_SERIES = {"type": "array", "items": {"type": ["number", "null"]}}
+_HISTORY = {
+    "type": "object",
+    "required": ["from", "to", "step_seconds", "level", "gpus", "queue", "events"],
+    "properties": {
+        "from": {"type": "string", "format": "date-time"},
+        "to": {"type": "string", "format": "date-time"},
+        "step_seconds": {"type": "integer"},
+        "level": {"enum": [str(level) for level in Level], "description": "What the steps are made of"},
+        "gpus": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["uuid", "index", "name", "total_bytes", "reserved_bytes", "at", *COLUMNS, "tenants"],
+                "properties": {
+                    "at": {
+                        "type": "array",
+                        "description": "When each step begins, seconds since 1970; a gap is one step of nulls",
+                        "items": {"type": "number"},
+                    },
+                    "reserved_bytes": _nullable("integer"),
+                    **dict.fromkeys(COLUMNS, _SERIES),
+                    "tenants": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["tenant", "kind", "bytes", "max_bytes"],
+                            "properties": {"bytes": _SERIES, "max_bytes": _SERIES},
+                        },
+                    },
+                },
+            },
+        },
+        "queue": {"type": "object", "required": ["at", "remaining"], "properties": {"remaining": _SERIES}},
+        "events": {"type": "array", "description": "The newest 500 of the window", "items": _EVENT},
     },
 }
 _ONE_LEASE = {"type": "object", "required": ["lease"], "properties": {"lease": _LEASE}}
@@ -574,6 +681,21 @@ DOCUMENT: dict[str, Any] = {
             "What happened; with Accept: text/event-stream it goes on as it happens",
             {"200": _json("Events, oldest first", _list("events", _EVENT)), "422": _json("Bad query", _ERROR)},
             [_query("after", "Only events after this id"), _query("limit", "At most so many, 1-1000")],
+        ),
+        "/v1/history": _get(
+            "How the GPUs were used over time; CSV with format=csv or Accept: text/csv",
+            {
+                "200": _json("Columns of equal length, a row a step", _HISTORY),
+                "422": _json("Bad query", _ERROR),
+                "503": _json("The history cannot be read", _ERROR),
+            },
+            [
+                _query("from", "RFC 3339, or before now, such as -2h; an hour before `to` without it"),
+                _query("to", "RFC 3339, or before now; now without it"),
+                _query("step", "Seconds; without it about 600 steps. It grows where there would be more than 1500"),
+                _query("gpu", "UUID or index; all without it"),
+                _query("format", "json or csv"),
+            ],
         ),
         "/v1/decisions": _get(
             "What was decided and on which numbers",

@@ -12,9 +12,10 @@ from vram_manager.cycle import Cycle
 from vram_manager.domain.reading import Missing, Off, Reading, Seen
 from vram_manager.domain.share import Share
 from vram_manager.domain.size import MIB
-from vram_manager.domain.snapshot import Gpu, GpuMemory, LoadedModel, Snapshot
+from vram_manager.domain.snapshot import Gpu, GpuMemory, Snapshot
 from vram_manager.gateway.waiting import Waiter
 from vram_manager.journal import DecisionEntry, rfc3339
+from vram_manager.nodes import model_view
 from vram_manager.observer import Observer
 from vram_manager.policy.accounting import gpus_seen
 from vram_manager.policy.rules import Rules
@@ -101,6 +102,7 @@ _NOTHING_SEEN: dict[str, Any] = {
     "gpus_why": None,
     "gpus_left_out": [],
     "second_hand": False,
+    "margin_bytes": None,
     "ollama": None,
     "comfyui": None,
     "leases": [],
@@ -125,6 +127,7 @@ def snapshot(clock: Clock, cycle: Cycle, tenants: Mapping[str, tuple[Share, ...]
             {
                 **_gpu(gpu),
                 "leased_bytes": seen.leased_on(gpu.uuid),
+                "fits_bytes": _fits_bytes(gpu, seen.leased_on(gpu.uuid), cycle.rules),
                 "limits": _limits(gpu, cycle.rules),
                 "tenants": [_share(share) for share in tenants.get(gpu.uuid, ())],
             }
@@ -133,6 +136,7 @@ def snapshot(clock: Clock, cycle: Cycle, tenants: Mapping[str, tuple[Share, ...]
         "gpus_why": gpus.why if isinstance(gpus, Missing) else None,
         "gpus_left_out": [] if isinstance(gpus, Missing) else list(gpus.left_out),
         "second_hand": False if isinstance(gpus, Missing) else gpus.second_hand,
+        "margin_bytes": cycle.rules.safety_margin_bytes,
         "ollama": _ollama(seen),
         "comfyui": _comfyui(seen),
         "leases": [],
@@ -187,6 +191,11 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
         "utilization_percent": _known(gpu.utilization_percent),
         "temperature_celsius": _known(gpu.temperature_celsius),
         "power_watts": _known(gpu.power_watts),
+        "unknown": {
+            name: value.why
+            for name in ("utilization_percent", "temperature_celsius", "power_watts")
+            if isinstance(value := getattr(gpu, name), Missing)
+        },
         "processes": None,
         "processes_why": gpu.processes.why if isinstance(gpu.processes, Missing) else None,
     }
@@ -209,6 +218,13 @@ def _gpu(gpu: Gpu) -> dict[str, Any]:
             for process in gpu.processes
         ]
     return view
+
+
+def _fits_bytes(gpu: Gpu, leased_bytes: int, rules: Rules) -> int | None:
+    """The largest request that would be admitted there now, beside what is promised."""
+    if isinstance(gpu.memory, Missing):
+        return None
+    return max(0, gpu.memory.free_bytes - leased_bytes - rules.safety_margin_bytes)
 
 
 def _limits(gpu: Gpu, rules: Rules) -> dict[str, int] | None:
@@ -241,24 +257,11 @@ def _ollama(seen: Snapshot) -> dict[str, Any] | None:
                 "state": "ok",
                 "version": _known(ollama.version),
                 "age_seconds": round(seen.taken_at - at, 3),
-                "models": [_model(model) for model in ollama.models],
+                "models": [model_view(model) for model in ollama.models],
             }
         case Missing(why=why):
             return {"state": "missing", "why": why, "models": None}
     return None
-
-
-def _model(model: LoadedModel) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "digest": model.digest,
-        "size_bytes": model.size_bytes,
-        "size_vram_bytes": model.size_vram_bytes,
-        "cpu_ratio": None if isinstance(model.cpu_ratio, Missing) else round(model.cpu_ratio, 4),
-        "context_length": model.context_length,
-        "expires_at": model.expires_at.isoformat() if model.expires_at else None,
-        "requests": model.requests,
-    }
 
 
 def _comfyui(seen: Snapshot) -> dict[str, Any] | None:

@@ -186,7 +186,10 @@ def _own_sentence(content: bytes) -> str:
 def _in_words(error: BaseException) -> str:
     """The root of the error in two or three words where it is a usual one, else its own text."""
     root: BaseException | None = error
-    while root is not None:
+    passed: list[BaseException] = []
+    # Whoever raises an error that they were handling makes a circle of what came of what.
+    while root is not None and root not in passed:
+        passed.append(root)
         match root:
             case ConnectionRefusedError():
                 return "connection refused"

@@ -58,6 +58,8 @@ class ComfyUIMemory:
         self.cached_bytes = 0
         self.node_held_bytes = 0
         self.global_held_bytes = 0
+        self.leak_bytes_per_run = 0  # a module's global keeps this much more each time a sampler runs
+        self.leaked_bytes = 0
         self.resident: list[Weights] = []  # least recently used first
         self._context_bytes = context_bytes
         self._book()
@@ -143,7 +145,8 @@ class ComfyUIMemory:
 
     def hold(self, node_bytes: int, global_bytes: int) -> None:
         """Custom nodes keep this much, on their instance and in a module global."""
-        self.node_held_bytes, self.global_held_bytes = node_bytes, global_bytes
+        self.leaked_bytes += self.leak_bytes_per_run
+        self.node_held_bytes, self.global_held_bytes = node_bytes, global_bytes + self.leaked_bytes
         self._book()
 
     def empty_cache(self) -> None:
