@@ -315,10 +315,11 @@ async def test_a_real_prometheus_can_answer_every_question_of_the_dashboard_and_
         async with (
             daemon(tmp_path / "state"),
             httpx.AsyncClient(base_url=address, trust_env=False, timeout=10) as http,
-            asyncio.timeout(30),
+            asyncio.timeout(60),
         ):
             while True:
-                with contextlib.suppress(httpx.TransportError, KeyError):
+                # Not there yet, or there and still starting: what it says then is no JSON.
+                with contextlib.suppress(httpx.TransportError, KeyError, json.JSONDecodeError):
                     scraped = (await http.get("/api/v1/query", params={"query": "up == 1"})).json()["data"]["result"]
                     groups = (await http.get("/api/v1/rules")).json()["data"]["groups"]
                     if scraped and all(rule["health"] != "unknown" for group in groups for rule in group["rules"]):
