@@ -28,7 +28,7 @@ from vram_manager.api.server import CONNECTIONS
 from vram_manager.clock import Clock
 from vram_manager.daemon import _until_stopped, build
 from vram_manager.errors import Unreachable
-from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.gpus.all import AllGpus
 from vram_manager.store import FILE_NAME, Store
 
 PATIENCE = 30.0
@@ -395,7 +395,7 @@ async def test_the_death_of_a_part_ends_everything_with_1_and_says_why(tmp_path:
     )
     said: list[str] = []
     sink = logger.add(said.append, level="CRITICAL", format="{message}")
-    nvml = NvmlSensor()
+    nvml = AllGpus()
     try:
         status = await asyncio.wait_for(_until_stopped(daemon, nvml, asyncio.Event()), PATIENCE)
     finally:

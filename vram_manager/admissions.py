@@ -178,7 +178,9 @@ class Admissions:
         A lease that has ended no longer holds back what its owner may still have taken a moment before.
         """
         by_process = by_process or self._observer.follow_processes
-        await self._observer.look_again(LEASE_LOOK_SECONDS, after=self._ended_at, with_processes=by_process)
+        await self._observer.look_again(
+            LEASE_LOOK_SECONDS, after=self._ended_at, with_processes=by_process, about_to_use=True
+        )
 
     def _admit(self, request: Request) -> Verdict:
         """The verdict now, and the lease in the book if it is one. Nobody in line who could go is passed over."""

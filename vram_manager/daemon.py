@@ -39,7 +39,7 @@ from vram_manager.floors import Floors
 from vram_manager.gateway.gateways import Gateways
 from vram_manager.gateway.waiting import Desk
 from vram_manager.gpus import GpuSensor
-from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.gpus.all import AllGpus
 from vram_manager.history import History
 from vram_manager.journal import Journal
 from vram_manager.metrics import Metrics
@@ -312,14 +312,15 @@ async def serve(settings: Settings) -> int:
         store = await asyncio.to_thread(Store.open, directory, most_bytes)
         if store.problem:
             logger.warning(store.problem)
-        nvml = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
-        stack.callback(nvml.close)
+        gpus = AllGpus(deadline_seconds=settings.gpu.vram_check_timeout_seconds, gpu_sleep=settings.gpu.vram_gpu_sleep)
+        stack.callback(gpus.close)
         ollama, comfyui = _servers(settings)
         for server in (ollama, comfyui):
             if server is not None:
                 stack.push_async_callback(server.aclose)
         nodes = _further(settings)
-        daemon = build(settings, clock, store, gpus=nvml, ollama=ollama, comfyui=comfyui, nodes=nodes)
+        daemon = build(settings, clock, store, gpus=gpus, ollama=ollama, comfyui=comfyui, nodes=nodes)
+        daemon.observer.wake = gpus.wake
         stack.push_async_callback(daemon.nodes.aclose)
         stack.callback(daemon.close)
         if daemon.webhook is not None:
@@ -329,7 +330,7 @@ async def serve(settings: Settings) -> int:
         gc.collect()
         gc.freeze()
         logger.info("Listening on {}", settings.service.vram_socket)
-        status = await _until_stopped(daemon, nvml, stop)
+        status = await _until_stopped(daemon, gpus, stop)
     logger.info("Stopped")
     return status
 
@@ -352,11 +353,11 @@ def _further(settings: Settings) -> dict[str, Ollama]:
     return {url: HttpOllama(JsonClient(url, name=without_secrets(url))) for url in urls}
 
 
-async def _until_stopped(daemon: Daemon, nvml: NvmlSensor, stop: asyncio.Event) -> int:
+async def _until_stopped(daemon: Daemon, gpus: AllGpus, stop: asyncio.Event) -> int:
     """Works until asked to stop (0), until the GPU device is revoked (EXIT_RESTART), or until a part dies (1)."""
     work = asyncio.create_task(daemon.run(), name="daemon")
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    revoked = asyncio.create_task(device_revoked(nvml, os.getpid()), name="revoked")
+    revoked = asyncio.create_task(device_revoked(gpus, os.getpid()), name="revoked")
     done, _ = await asyncio.wait({work, stopped, revoked}, return_when=asyncio.FIRST_COMPLETED)
     if work in done:
         # Only a bug gets here: say it whole, end, and let the container start afresh, cooled down.

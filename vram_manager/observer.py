@@ -97,6 +97,8 @@ class Observer:
         """Adds to Ollama's models what goes through a gateway in front of them."""
         self.follow_processes = False
         """Somebody's memory is told by its process: the list is read again whenever memory has moved."""
+        self.wake: Callable[[], object] = lambda: None
+        """Has the next look touch GPUs that are let go of so that they can sleep: somebody is about to use one."""
         self._told: dict[str, str] = {}
         slow = interval_seconds
         self._gpus: _Sense[Gpus] | None = (
@@ -181,7 +183,12 @@ class Observer:
         return states
 
     async def look_again(
-        self, max_age_seconds: float, *, after: float = float("-inf"), with_processes: bool = False
+        self,
+        max_age_seconds: float,
+        *,
+        after: float = float("-inf"),
+        with_processes: bool = False,
+        about_to_use: bool = False,
     ) -> None:
         """The GPUs are read now, unless that was done less than so long ago and `after` that moment.
 
@@ -190,6 +197,9 @@ class Observer:
         sense = self._gpus
         if sense is None:
             return
+        if about_to_use and isinstance(sense.reading, Seen) and _unread(sense.reading.value):
+            self.wake()
+            after = self._clock.monotonic()
         # Twice: a look under way that is joined may have been begun without the processes.
         for _ in range(2):
             known = sense.reading.at if isinstance(sense.reading, Seen) else float("-inf")
@@ -347,6 +357,10 @@ def _described(value: object) -> str:
 
 def _free_bytes(gpus: Gpus) -> dict[str, int]:
     return {gpu.uuid: gpu.memory.free_bytes for gpu in gpus.gpus if isinstance(gpu.memory, GpuMemory)}
+
+
+def _unread(gpus: Gpus) -> bool:
+    return any(isinstance(gpu.memory, Missing) for gpu in gpus.gpus)
 
 
 def _newest(before: T | None, value: T, at: float) -> T:

@@ -18,12 +18,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_GPUS = 8, MAX_PROCESSES = 16 };
+enum { MAX_GPUS = 8, MAX_PARTS = 8, MAX_DEVICES = MAX_GPUS + MAX_PARTS, MAX_PLACES = 7, MAX_PROCESSES = 16 };
 enum kind { COMPUTE = 1, GRAPHICS = 2, MPS = 4 };
 enum code {
     SUCCESS = 0,
     UNINITIALIZED = 1,
     INVALID_ARGUMENT = 2,
+    NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     LIBRARY_NOT_FOUND = 12,
     VERSION_MISMATCH = 25,
@@ -39,6 +40,8 @@ struct fake_gpu {
     int32_t handle_error, error;
     int32_t uuid_error, name_error, memory_error, utilization_error, temperature_error, power_error;
     int32_t compute_error, graphics_error, mps_error;
+    int32_t mig_mode_error, mig_error;
+    uint32_t mig_mode, places[MAX_PLACES];
     uint32_t utilization, temperature, power;
     uint32_t process_count, grows;
     struct fake_process processes[MAX_PROCESSES];
@@ -53,7 +56,7 @@ struct state {
     int32_t newest_error;
     uint32_t newest_calls, calls;
     char driver_version[80];
-    struct fake_gpu gpus[MAX_GPUS];
+    struct fake_gpu gpus[MAX_DEVICES];
 };
 
 /* NVML's own structs. */
@@ -67,12 +70,12 @@ static volatile struct state *state;
 static int references;
 
 /* A handle is the address of one of these; it says nothing, as NVML's own. */
-static char handles[MAX_GPUS];
+static char handles[MAX_DEVICES];
 
 static int gpu_index(const void *handle)
 {
     const char *place = handle;
-    return place >= handles && place < handles + MAX_GPUS ? (int)(place - handles) : -1;
+    return place >= handles && place < handles + MAX_DEVICES ? (int)(place - handles) : -1;
 }
 
 static uint64_t milliseconds(void)
@@ -244,6 +247,36 @@ EXPORT int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts)
     if (error || (error = gpu->power_error))
         return error;
     *milliwatts = gpu->power;
+    return SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending)
+{
+    volatile struct fake_gpu *gpu;
+    int error = device(handle, &gpu);
+    if (error || (error = gpu->mig_mode_error))
+        return error;
+    *current = *pending = gpu->mig_mode;
+    return SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count)
+{
+    volatile struct fake_gpu *gpu;
+    int error = device(handle, &gpu);
+    *count = MAX_PLACES;
+    return error;
+}
+
+EXPORT int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned place, void **instance)
+{
+    volatile struct fake_gpu *gpu;
+    int error = device(handle, &gpu);
+    if (error || (error = gpu->mig_error))
+        return error;
+    if (place >= MAX_PLACES || !gpu->places[place])
+        return NOT_FOUND;
+    *instance = &handles[gpu->places[place]];
     return SUCCESS;
 }
 

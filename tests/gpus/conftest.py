@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.fake_nvml import build, compiler
+from tests.gpus.trees import Tree
 from vram_manager.domain.snapshot import Gpus
 from vram_manager.errors import SensorError
+from vram_manager.gpus.all import AllGpus
 from vram_manager.gpus.nvml import NvmlSensor
 from vram_manager.simulator.nvml_state import NvmlState
 
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 READ_ONCE = """
 import asyncio, pickle, sys
 from vram_manager.errors import SensorError
+from vram_manager.gpus.all import AllGpus
 from vram_manager.gpus.nvml import NvmlSensor
 try:
     answer = asyncio.run(NvmlSensor(deadline_seconds=60).read(with_processes=True))
@@ -44,7 +47,7 @@ class ElasticLoop(asyncio.SelectorEventLoop):
 class Bench:
     """One sensor on its own loop, and the state of the library that it reads."""
 
-    def __init__(self, state: NvmlState, sensor: NvmlSensor, runner: asyncio.Runner) -> None:
+    def __init__(self, state: NvmlState, sensor: NvmlSensor | AllGpus, runner: asyncio.Runner) -> None:
         self.state = state
         self.sensor = sensor
         self.loop = runner.get_loop()
@@ -73,10 +76,10 @@ class Bench:
         self.loop.call_soon(look)
 
     def close(self) -> None:
-        """Closes the sensor and waits until its thread has ended."""
+        """Closes the sensor and waits until its threads have ended."""
         self.sensor.close()
         for thread in threading.enumerate():
-            if thread.name == "nvml":
+            if thread.name in ("nvml", "amdgpu/i915/xe"):
                 thread.join(timeout=10)
                 assert not thread.is_alive()
 
@@ -102,24 +105,54 @@ def state(tmp_path: Path) -> Iterator[NvmlState]:
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    """Stands in for /proc."""
-    path = tmp_path / "proc"
-    path.mkdir()
-    return path
+def tree(tmp_path: Path) -> Tree:
+    """Stands in for /sys and /proc."""
+    return Tree(tmp_path)
 
 
 @pytest.fixture
-def bench(library: Path, state: NvmlState, proc: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def proc(tree: Tree) -> Path:
+    return tree.proc
+
+
+@pytest.fixture
+def on_the_fake(library: Path, state: NvmlState, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+    """Puts a sensor on its bench, over the fake library."""
     ctypes.CDLL(str(library))  # its soname now satisfies the loader, which nvidia-ml-py asks by that name
     monkeypatch.setenv("FAKE_NVML_STATE", str(state.path))
     with asyncio.Runner(loop_factory=ElasticLoop) as runner:
-        bench = Bench(state, NvmlSensor(proc_root=proc), runner)
+        benches: list[Bench] = []
+
+        def bench(sensor: NvmlSensor | AllGpus) -> Bench:
+            benches.append(Bench(state, sensor, runner))
+            return benches[-1]
+
         try:
             yield bench
         finally:
             state.hang_ms = 0
-            bench.close()
+            for one in benches:
+                one.sensor.close()
+            for one in benches:
+                one.close()
+
+
+@pytest.fixture
+def bench(on_the_fake: Callable[..., Bench], tree: Tree) -> Bench:
+    """NVML alone."""
+    return on_the_fake(NvmlSensor(proc_root=tree.proc))
+
+
+@pytest.fixture
+def hybrid(on_the_fake: Callable[..., Bench], tree: Tree) -> Bench:
+    """NVML on a machine whose GPUs may sleep."""
+    return on_the_fake(NvmlSensor(proc_root=tree.proc, sys_root=tree.sys, gpu_sleep=True))
+
+
+@pytest.fixture
+def every(on_the_fake: Callable[..., Bench], tree: Tree) -> Bench:
+    """Every vendor's GPUs."""
+    return on_the_fake(AllGpus(proc_root=tree.proc, sys_root=tree.sys, tools_path=str(tree.bin)))
 
 
 @pytest.fixture

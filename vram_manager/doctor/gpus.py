@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from vram_manager.config import Settings
 from vram_manager.doctor.finding import Finding
+from vram_manager.doctor.surroundings import in_container
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.size import gib
-from vram_manager.domain.snapshot import Gpu, Gpus
+from vram_manager.domain.snapshot import Gpu, Gpus, Trust
 from vram_manager.errors import SensorError
-from vram_manager.gpus.nvml import NvmlSensor
+from vram_manager.gpus.all import AllGpus
 
 
 async def gpus(settings: Settings) -> tuple[Gpus | None, list[Finding]]:
-    sensor = NvmlSensor(deadline_seconds=settings.gpu.vram_check_timeout_seconds)
+    sensor = AllGpus(deadline_seconds=settings.gpu.vram_check_timeout_seconds, gpu_sleep=settings.gpu.vram_gpu_sleep)
     try:
         gpus = await sensor.read(with_processes=True)
     except SensorError as error:
-        return None, [Finding("nvml", "wrong", error.why, error.remedy)]
+        return None, [Finding("gpus", "wrong", error.why, error.remedy), *_traps()]
     finally:
         sensor.close()
     driver = gpus.driver_version if isinstance(gpus.driver_version, str) else "version unknown"
-    return gpus, [finding for gpu in gpus.gpus for finding in _gpu(gpu, driver)]
+    findings = [finding for gpu in gpus.gpus for finding in _gpu(gpu, driver)]
+    findings += [Finding("gpus", "note", f"left out: {words}") for words in gpus.left_out]
+    return gpus, findings + _traps()
+
+
+def _traps() -> list[Finding]:
+    from vram_manager.gpus.traps import traps  # noqa: PLC0415 - the daemon never needs it
+
+    found = traps(in_container=in_container())
+    return [Finding("gpus", "wrong" if trap.grave else "note", trap.words, trap.remedy) for trap in found]
 
 
 def _gpu(gpu: Gpu, driver: str) -> list[Finding]:
-    part, name = f"gpu {gpu.index}", f"{gpu.name} ({gpu.uuid}, driver {driver})"
+    part = f"gpu {gpu.index}"
+    name = f"{gpu.name} ({gpu.uuid}, {f'driver {driver}' if gpu.vendor == 'nvidia' else gpu.source})"
+    if gpu.asleep:
+        words = f"{gpu.name} ({gpu.uuid}) is asleep, and is not woken to be read"
+        return [Finding(part, "note", words, "VRAM_GPU_SLEEP=false keeps it awake")]
     if isinstance(gpu.memory, Missing):
         return [Finding(part, "wrong", f"{name}: {gpu.memory.why}", gpu.memory.remedy)]
     memory = gpu.memory
     words = f"{name}: {gib(memory.free_bytes)} of {gib(memory.total_bytes)} free, {memory.used_percent:.0f} % used"
+    if gpu.trust is not Trust.MEASURED:
+        words += f" ({gpu.trust}, from {gpu.source})"
     findings = [Finding(part, "fine", words)]
     if isinstance(gpu.processes, Missing):
         why = f"{gpu.processes.why}: who holds what is worked out from the APIs instead"

@@ -1,4 +1,4 @@
-"""One file per vendor. A vendor gives our own value type and wears nobody else's names."""
+"""One file per vendor, joined in `all`. A vendor gives our own value type and wears nobody else's names."""
 
 from __future__ import annotations
 

@@ -1,97 +1,40 @@
-"""NVIDIA GPUs, asked through NVML from one thread, so that a driver that hangs stalls nothing else."""
+"""NVIDIA GPUs, asked through NVML."""
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 
-from vram_manager.domain.snapshot import Gpus
-from vram_manager.errors import SensorError, TimedOut
+from vram_manager.domain.snapshot import Gpu
 from vram_manager.gpus._nvml_calls import NvmlCalls
-
-_HANG_REMEDY = "look for Xid lines in the host's kernel log; a wedged driver needs a GPU reset or a reboot"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
-    """One sweep asked for at `asked_at` (the loop's time)."""
-
-    with_processes: bool
-    asked_at: float
-    answer: Future[Gpus]
+from vram_manager.gpus._threaded import ThreadedSensor
 
 
-class NvmlSensor:
-    """A GpuSensor that holds NVML open from the first read until `close`.
+class NvmlSensor(ThreadedSensor):
+    """A GpuSensor that holds NVML open from the first read until `close`; with `gpu_sleep`, while a GPU is used."""
 
-    A call into NVML that hangs cannot be ended from inside the process. The read that met it raises TimedOut
-    at its deadline; while the thread stays stuck, later reads raise TimedOut at once and nothing queues up;
-    when the call comes back its answer is old and dropped, and the next read works again.
-    """
+    _calls: NvmlCalls
 
-    def __init__(self, *, deadline_seconds: float = 5.0, proc_root: Path = Path("/proc")) -> None:
-        self._deadline_seconds = deadline_seconds
-        self._calls = NvmlCalls(proc_root)
-        self._requests: SimpleQueue[_Request | None] = SimpleQueue()
-        self._under_way: _Request | None = None
-        self._overdue: _Request | None = None
-        self._thread: Thread | None = None
-        self._closed = False
+    def __init__(
+        self,
+        *,
+        deadline_seconds: float = 5.0,
+        proc_root: Path = Path("/proc"),
+        sys_root: Path = Path("/sys"),
+        gpu_sleep: bool = False,
+    ) -> None:
+        calls = NvmlCalls(proc_root, sys_root, gpu_sleep=gpu_sleep)
+        super().__init__("NVML", calls, deadline_seconds=deadline_seconds)
 
     @property
     def revoked(self) -> bool:
         """NVML worked in this process and was then taken away (999, 17): only a restart brings it back."""
         return self._calls.revoked
 
-    async def read(self, *, with_processes: bool = False) -> Gpus:
-        """Every GPU now; temperature, power and processes only `with_processes`."""
-        if self._closed:
-            raise SensorError("the NVML sensor is closed")
-        now = asyncio.get_running_loop().time()
-        under_way = self._under_way
-        if under_way is not None and under_way is self._overdue:
-            hanging_seconds = now - under_way.asked_at
-            raise TimedOut(f"an NVML call has been hanging for {hanging_seconds:.0f} s", _HANG_REMEDY)
-        request = _Request(with_processes, now, Future())
-        self._ask(request)
-        try:
-            # Not wait_for: before Python 3.12 it loses a cancel that meets the answer, and its task goes on for ever.
-            async with asyncio.timeout(self._deadline_seconds):
-                return await asyncio.wrap_future(request.answer)
-        except TimeoutError:
-            # Whatever is on the thread now is what hangs, be it this request or one before it. A request that
-            # has not begun is cancelled with the wait for it, and the thread passes over it.
-            self._overdue = self._under_way
-            raise TimedOut(f"NVML did not answer within {self._deadline_seconds:g} s", _HANG_REMEDY) from None
+    @property
+    def known(self) -> tuple[Gpu, ...]:
+        """The GPUs of the last sweep that listed any, whatever became of them since."""
+        return self._calls.known
 
-    def close(self) -> None:
-        """NVML is let go after the call under way; if that call hangs, nvmlShutdown is never reached."""
-        self._closed = True
-        self._requests.put(None)
-
-    def _ask(self, request: _Request) -> None:
-        if self._thread is None:
-            # A daemon thread: a stuck one must not keep the process from ending.
-            self._thread = Thread(target=self._serve, name="nvml", daemon=True)
-            self._thread.start()
-        self._requests.put(request)
-
-    def _serve(self) -> None:
-        """Answers one request after the other. A bug travels to the reader too and ends the process there."""
-        while (request := self._requests.get()) is not None:
-            if not request.answer.set_running_or_notify_cancel():
-                continue
-            self._under_way = request
-            try:
-                gpus = self._calls.sweep(request.asked_at, with_processes=request.with_processes)
-            except Exception as error:
-                self._under_way = None
-                request.answer.set_exception(error)
-            else:
-                self._under_way = None
-                request.answer.set_result(gpus)
-        self._calls.shutdown()
+    def wake(self) -> None:
+        """The next read touches the GPUs even where they sleep: somebody is about to use one."""
+        self._calls.wake()

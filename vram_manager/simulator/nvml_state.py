@@ -14,6 +14,10 @@ from types import TracebackType
 from typing import Final
 
 MAX_GPUS: Final = 8
+MAX_PARTS: Final = 8
+"""MIG instances of all cards together: they follow the cards in `NvmlState.gpus`."""
+MAX_PLACES: Final = 7
+"""Places for instances on one card."""
 MAX_PROCESSES: Final = 16
 COMPUTE, GRAPHICS, MPS = 1, 2, 4
 NOT_AVAILABLE: Final = 2**64 - 1
@@ -47,6 +51,10 @@ class FakeGpu(ctypes.Structure):
         ("compute_error", ctypes.c_int32),
         ("graphics_error", ctypes.c_int32),
         ("mps_error", ctypes.c_int32),
+        ("mig_mode_error", ctypes.c_int32),  # nvmlDeviceGetMigMode; 3 on a card that cannot be split
+        ("mig_error", ctypes.c_int32),  # nvmlDeviceGetMigDeviceHandleByIndex
+        ("mig_mode", ctypes.c_uint32),  # 1 on a card that is split
+        ("places", ctypes.c_uint32 * MAX_PLACES),  # which of `NvmlState.gpus` is the instance there; 0 is a hole
         ("utilization", ctypes.c_uint32),  # percent
         ("temperature", ctypes.c_uint32),  # degrees Celsius
         ("power", ctypes.c_uint32),  # milliwatts
@@ -78,7 +86,7 @@ class NvmlState(ctypes.Structure):
         ("newest_calls", ctypes.c_uint32),  # calls of those
         ("calls", ctypes.c_uint32),  # all
         ("driver_version", ctypes.c_char * 80),
-        ("gpus", FakeGpu * MAX_GPUS),
+        ("gpus", FakeGpu * (MAX_GPUS + MAX_PARTS)),
     ]
 
     def __new__(cls, path: Path, gpus: int = 1) -> NvmlState:
@@ -90,13 +98,14 @@ class NvmlState(ctypes.Structure):
         self.path = path
         self.gpu_count = gpus
         self.driver_version = b"595.71.05"
-        for index in range(MAX_GPUS):
+        for index in range(MAX_GPUS + MAX_PARTS):
             # An idle 4080 Super under driver 595.71, from a capture of nvidia_gpu_exporter.
             self.set_memory(index, total=16376 * _MIB, reserved=434 * _MIB, used=596 * _MIB, free=15348 * _MIB)
             self.set_identity(index, name=f"Fake GPU {index}", uuid=f"GPU-00000000-0000-0000-0000-{index:012d}")
             self.gpus[index].utilization = 7
             self.gpus[index].temperature = 41
             self.gpus[index].power = 17_500
+            self.gpus[index].mig_mode_error = 3
 
     def __enter__(self) -> NvmlState:
         return self
@@ -121,3 +130,11 @@ class NvmlState(ctypes.Structure):
         used = NOT_AVAILABLE if used_bytes is None else used_bytes
         gpu.processes[gpu.process_count] = FakeProcess(pid, kinds, used)
         gpu.process_count += 1
+
+    def split(self, index: int, *parts: int | None) -> None:
+        """The card is split: in each of its places is that one of MAX_PARTS instances, or none."""
+        gpu = self.gpus[index]
+        gpu.mig_mode, gpu.mig_mode_error = 1, 0
+        for place in range(MAX_PLACES):
+            part = parts[place] if place < len(parts) else None
+            gpu.places[place] = 0 if part is None else MAX_GPUS + part
