@@ -11,10 +11,8 @@ the budgets beside them are the project's.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import selectors
 import sqlite3
 import subprocess
 import sys
@@ -23,7 +21,6 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,63 +30,7 @@ from tests.fake_nvml import build, compiler
 from vram_manager.client import call
 
 GPUS, NODES = 8, 6
-SPEED = "FAST_LOOP_SPEED"
-
-
-class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    def __init__(self, speed: float) -> None:
-        super().__init__()
-        self._speed = speed
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(timeout if timeout is None else timeout / self._speed)
-
-
-class FastLoop(asyncio.SelectorEventLoop):
-    """An event loop whose seconds are shorter."""
-
-    def __init__(self, speed: float) -> None:
-        super().__init__(_Selector(speed))
-        self._speed = speed
-        self._began = super().time()
-
-    def time(self) -> float:
-        return self._began + (super().time() - self._began) * self._speed
-
-
-def fast(arguments: list[str]) -> None:
-    """The command line of vram-manager in a process with a fast loop."""
-    from vram_manager.clock import Clock  # noqa: PLC0415
-    from vram_manager.simulator import serve  # noqa: PLC0415
-
-    speed = float(os.environ[SPEED])
-    began_at, began = datetime.now(UTC), time.monotonic()
-
-    def utcnow() -> datetime:
-        return began_at + timedelta(seconds=(time.monotonic() - began) * speed)
-
-    class Policy(asyncio.DefaultEventLoopPolicy):
-        def new_event_loop(self) -> asyncio.AbstractEventLoop:
-            return FastLoop(speed)
-
-    asyncio.set_event_loop_policy(Policy())
-    Clock.of_running_loop = staticmethod(lambda: Clock(asyncio.get_running_loop().time, utcnow))  # type: ignore[method-assign]
-    if arguments[0] == "run":
-        from vram_manager.cli import main as cli  # noqa: PLC0415
-
-        sys.argv = ["vram-manager", *arguments]
-        cli()
-    else:
-        ollama, comfyui, state = arguments[1:]
-        extras = serve.Extras(busy=True, gpus=GPUS, nodes=NODES)
-        serve_it = serve.serve_world(
-            ollama_port=int(ollama),
-            comfyui_port=int(comfyui),
-            nvml_state=Path(state),
-            extras=extras,
-            utcnow=utcnow,
-        )
-        asyncio.run(serve_it)
+FAST = (sys.executable, str(Path(__file__).with_name("fast.py")))
 
 
 def taken(ask: Callable[[], object]) -> float:
@@ -111,9 +52,8 @@ def fetch(url: str) -> bytes:
 def day(hours: float, speed: float, history_mb: int, directory: Path) -> None:
     settings, ports = setup(directory, history_mb, speed)
     port = settings["VRAM_HTTP_PORT"]
-    here = (sys.executable, __file__, "--fast")
-    simulate = (*here, "simulate", str(ports[0]), str(ports[1]), settings["FAKE_NVML_STATE"])
-    history = f"http://127.0.0.1:{port}/v1/history?from=-{hours:g}h"
+    simulate = (*FAST, "simulate", *map(str, ports), settings["FAKE_NVML_STATE"], str(GPUS), str(NODES))
+    history = f"http://127.0.0.1:{port}/v1/history?from=-{hours * 60:.0f}m"
     asks: dict[str, Callable[[], object]] = {
         "GET /v1/snapshot": lambda: fetch(f"http://127.0.0.1:{port}/v1/snapshot"),
         f"GET /v1/history, {hours:g} h": lambda: fetch(history),
@@ -127,7 +67,7 @@ def day(hours: float, speed: float, history_mb: int, directory: Path) -> None:
     most_rss = 0.0
     with process(*simulate, **settings):
         until(lambda: answers(ports[1]))
-        with process(*here, "run", **settings) as pid:
+        with process(*FAST, "run", **settings) as pid:
             os.environ["VRAM_SOCKET"] = settings["VRAM_SOCKET"]
             until(lambda: call("GET", "/ready").status == 200)
             began, cpu = time.monotonic(), cpu_seconds(pid)
@@ -157,7 +97,7 @@ def setup(directory: Path, history_mb: int, speed: float) -> tuple[dict[str, str
     comfyui, http = free_ports(2)
     nodes = ",".join(f"http://127.0.0.1:{first + number}" for number in range(1, NODES + 1))
     settings = {
-        SPEED: str(speed),
+        "FAST_SPEED": str(speed),
         "OLLAMA_URL": f"http://127.0.0.1:{first}",
         "COMFYUI_URL": f"http://127.0.0.1:{comfyui}",
         "OLLAMA_GPU": "0",
@@ -188,9 +128,11 @@ def report(settings: dict[str, str]) -> None:
 def size_of(state: Path, history_mb: int) -> tuple[str, str, str]:
     size = sum(path.stat().st_size for path in state.iterdir()) / 2**20
     with closing(sqlite3.connect(state / "history.sqlite3")) as database:
-        rows = [
-            f"{count} {level}" for level, count in database.execute("SELECT level, count(*) FROM samples GROUP BY 1")
-        ]
+        counts = {
+            name: database.execute(f"SELECT count(*) FROM samples_{name}").fetchone()[0]
+            for name in ("raw", "minute", "hour")
+        }
+    rows = [f"{count} {name}" for name, count in counts.items()]
     return f"history on disk ({', '.join(rows)})", f"{size:.1f} MiB", f"<= {history_mb} MiB"
 
 
@@ -205,7 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--fast"]:
-        fast(sys.argv[2:])
-    else:
-        main()
+    main()

@@ -152,12 +152,12 @@ def test_what_stands_still_is_kept_about_once_a_minute(box: Box) -> None:
     assert len(box.stored()) in (10, 11)
 
 
-def test_what_moves_is_kept_at_most_once_a_second(box: Box) -> None:
+def test_what_moves_is_kept_at_most_once_in_five_seconds(box: Box) -> None:
     for number in range(400):
         box.turn(0.25, tts=1 + number % 2)
     box.history.flush()
 
-    assert 95 <= len(box.stored()) <= 101
+    assert 19 <= len(box.stored()) <= 21
 
 
 def test_a_small_change_is_no_moment_and_a_queue_that_moved_is(box: Box) -> None:
@@ -424,8 +424,8 @@ def test_a_wall_clock_that_jumps_breaks_nothing(tmp_path: Path, seconds: float) 
 
 def test_a_clock_that_is_put_back_a_little_keeps_moments_in_order(box: Box) -> None:
     for number in range(30):
-        box.wall -= timedelta(seconds=1.5 if number in (10, 20) else 0)
-        box.turn(1, tts=1 + number % 2)
+        box.wall -= timedelta(seconds=6 if number in (10, 20) else 0)
+        box.turn(5, tts=1 + number % 2)
     box.history.flush()
 
     assert [one.gpus[1].taken_bytes for one in box.stored()] == [(1 + number % 2) * GIB for number in range(30)]
@@ -520,7 +520,7 @@ def test_moments_of_more_than_a_day_ago_are_forgotten_and_their_minutes_are_not(
 
     assert box.stored()[0].at > box.now - 100
     assert len(box.stored(Level.MINUTE)) > 10
-    found = box.read(3 * DAY)
+    found = box.read(3 * DAY, 600)
     assert found.level is Level.MINUTE
     assert whole(found.gpus[0].columns["taken_max_bytes"])[0] == 20 * GIB
     box.stop()
@@ -612,7 +612,7 @@ def test_whoever_reads_while_it_is_written_sees_every_moment_once(tmp_path: Path
     for number in range(600):
         with lock:
             box.remaining = number
-            box.turn(1.0, tts=4)
+            box.turn(5.0, tts=4)
     done.set()
     for thread in threads:
         thread.join(60)

@@ -26,8 +26,9 @@ from vram_manager.policy.series import Piece, folded, in_columns, moved, pieces,
 from vram_manager.retention import expire
 from vram_manager.store import Row, Store, write_behind
 
-# While it moves, at most so often; while it does not, at least: with the slowest beat by default, once a minute.
-FAST_SECONDS, QUIET_SECONDS = 1.0, 55.0
+# While it moves, at most so often, and the peaks between are in the next; while it does not, at least: with the slowest
+# beat by default, once a minute.
+FAST_SECONDS, QUIET_SECONDS = 5.0, 55.0
 # A moment is true until the next, but no longer than this (or than one and a half beats, where those are slow).
 HOLD_SECONDS, HOLD_BEATS = 90.0, 1.5
 # What is written at once: a crash loses no more.
@@ -191,9 +192,9 @@ class History:
             newest = _not_in(connection, unwritten, last_written)
             level, step = plan(window.begin, window.end, window.step_seconds, sample_rows.oldest(connection))
             begin = window.begin // step * step
-            parts = self._parts(connection, level, begin, window.end, newest, now, step)
+            asked = None if window.gpu is None else self._numbers[window.gpu]
+            parts = self._parts(connection, level, begin, window.end, newest, now, step, asked)
             samples = folded((part for part in parts if begin <= part[0] < window.end), step)
-        asked = None if window.gpu is None else self._numbers[window.gpu]
         numbers = {number for one in samples for number in one.gpus} if asked is None else {asked}
         known = sorted(((number, self._devices[number]) for number in numbers), key=lambda one: one[1].index)
         queue_at, queue_remaining = queue_in_columns(samples, step)
@@ -215,14 +216,15 @@ class History:
         newest: list[Sample],
         now: float,
         step: int,
+        only: int | None,
     ) -> Iterator[Piece]:
         """What was written, and behind it what was not: that is not in any minute yet."""
         hold = self._hold_seconds
         if level is Level.RAW:
-            stored = sample_rows.read(connection, level, begin - hold, end + hold)
+            stored = sample_rows.read(connection, level, begin - hold, end + hold, only)
             newest = sorted(newest, key=_at)
             return pieces(merge(stored, newest, key=_at), now, step, hold)
-        stored = sample_rows.read(connection, level, begin, end)
+        stored = sample_rows.read(connection, level, begin, end, only)
         return chain(((one.at, one, None) for one in stored), pieces(newest, now, step, hold))
 
     def events(self, begin: str, end: str) -> list[Row]:

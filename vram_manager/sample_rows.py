@@ -46,11 +46,16 @@ def _distance(more: int | None, less: int | None) -> int | None:
     return None if more is None or less is None else more - less
 
 
-def unpacked(at_ms: int, body: bytes) -> Sample | None:
-    """The sample; None where the disk has spoilt it, or a newer version wrote what this one cannot read."""
+def unpacked(at_ms: int, body: bytes, only: int | None = None) -> Sample | None:
+    """The sample, of `only` one GPU if that is all that is wanted.
+
+    None where the disk has spoilt it, or a newer version wrote what this one cannot read.
+    """
     try:
         unpacker = zlib.decompressobj(zdict=_COMMON)
         queue, gpus = json.loads(unpacker.decompress(body))
+        if only is not None:
+            gpus = {only: gpus[str(only)]} if str(only) in gpus else {}
         return Sample(at_ms / 1000, queue, {int(number): _use(*fields) for number, fields in gpus.items()})
     except (zlib.error, ValueError, TypeError, AttributeError):
         return None
@@ -69,12 +74,14 @@ def key(at: float) -> int:
     return round(at * 1000)
 
 
-def read(connection: sqlite3.Connection, level: Level, begin: float, end: float) -> Iterator[Sample]:
-    """Samples from `begin` until before `end`, in order; what cannot be read is left out."""
+def read(
+    connection: sqlite3.Connection, level: Level, begin: float, end: float, only: int | None = None
+) -> Iterator[Sample]:
+    """Samples from `begin` until before `end`, in order, of one GPU or all; what cannot be read is left out."""
     found = connection.execute(
         f"SELECT at, body FROM {_TABLES[level]} WHERE at >= ? AND at < ? ORDER BY at", (key(begin), key(end))
     )
-    return (sample for row in found if (sample := unpacked(*row)) is not None)
+    return (sample for row in found if (sample := unpacked(*row, only)) is not None)
 
 
 def oldest(connection: sqlite3.Connection) -> dict[Level, float]:

@@ -20,6 +20,10 @@ READS = (
     "/v1/snapshot",
     "/v1/events",
     "/v1/decisions",
+    "/v1/history",
+    "/",
+    "/page/page.js",
+    "/chart.js",
     "/metrics",
     "/openapi.json",
 )

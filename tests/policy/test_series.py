@@ -319,9 +319,10 @@ EVERYTHING = {Level.RAW: 0.0, Level.MINUTE: 0.0, Level.HOUR: 0.0}
     ("seconds", "asked", "planned"),
     [
         (HOUR, None, (Level.RAW, 10)),
-        (2 * HOUR, None, (Level.RAW, 15)),
+        (2 * HOUR, None, (Level.RAW, 30)),
         (2 * HOUR, 5, (Level.RAW, 5)),
-        (5 * HOUR, None, (Level.RAW, 30)),
+        (3 * HOUR, None, (Level.RAW, 30)),
+        (5 * HOUR, None, (Level.MINUTE, 60)),
         (6 * HOUR, None, (Level.MINUTE, 60)),
         (DAY, None, (Level.MINUTE, 300)),
         (7 * DAY, None, (Level.HOUR, 3600)),

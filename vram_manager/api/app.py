@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from vram_manager.admissions import CHECK_LOOK_SECONDS
-from vram_manager.api import fields, views, workers
+from vram_manager.api import fields, page, views, workers
 from vram_manager.api.admissions import AdmissionRoutes
 from vram_manager.api.fields import BadRequest, JSONResponse, error
 from vram_manager.api.history import HistoryRoute
@@ -92,6 +92,7 @@ def app(parts: Parts, *, token: str | None, trusted: bool) -> Starlette:
             Route("/v1/free", guarded(routes.free), methods=["POST"]),
             Route("/metrics", routes.metrics),
             Route("/openapi.json", routes.openapi),
+            *page.routes(),
         ],
         exception_handlers={BadRequest: fields.bad_request, HTTPException: _http_error},
     )

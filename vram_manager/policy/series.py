@@ -15,7 +15,7 @@ from vram_manager.domain.sample import Device, GpuSeries, GpuUse, Level, Sample,
 
 # A smaller change is noise: a desktop's windows come and go by as much.
 MOVED_BYTES = 16 * 2**20
-GOOD_POINTS, MOST_POINTS = 600, 1500
+GOOD_POINTS, MOST_POINTS = 375, 1500
 # More are not told apart in a picture; the smallest are shown among the others.
 MOST_TENANTS = 32
 OTHERS = "others others"
