@@ -81,7 +81,7 @@ def read(
     found = connection.execute(
         f"SELECT at, body FROM {_TABLES[level]} WHERE at >= ? AND at < ? ORDER BY at", (key(begin), key(end))
     )
-    return (sample for row in found if (sample := unpacked(*row, only)) is not None)
+    return (sample for at, body in found if (sample := unpacked(at, body, only)) is not None)
 
 
 def oldest(connection: sqlite3.Connection) -> dict[Level, float]:
