@@ -39,7 +39,7 @@ RUN groupadd --gid 65532 vram-manager \
 COPY --from=build /opt/vram-manager /opt/vram-manager
 # The official images ship the standard library without bytecode, and a read-only root never gets any: each health
 # check would compile what it imports anew. So importing our parts once leaves it here.
-RUN PYTHONDONTWRITEBYTECODE= python -c "import vram_manager.cli, vram_manager.client, vram_manager.daemon, vram_manager.doctor"
+RUN PYTHONDONTWRITEBYTECODE= python -c "import vram_manager.cli, vram_manager.client, vram_manager.daemon, vram_manager.doctor, vram_manager.record.run, vram_manager.report, vram_manager.top"
 USER 65532:65532
 VOLUME ["/run/vram-manager", "/var/lib/vram-manager"]
 STOPSIGNAL SIGTERM

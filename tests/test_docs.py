@@ -153,14 +153,18 @@ def test_the_ports_of_the_readme_are_those_of_the_compose_file() -> None:
     assert set(re.findall(r":(\d{4,5})\b", clients)) == set(ports.values())
 
 
+PICTURE_NAMES = ("gateways.svg", "page.png", "top.png", "report.png")
 PICTURES = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)
 
 
-def test_there_is_a_picture_of_the_gateways() -> None:
-    assert [path for _, path in PICTURES] == ["docs/gateways.svg"]
+DRAWN, TAKEN = ([one for one in PICTURES if one[1].endswith(kind)] for kind in (".svg", ".png"))
 
 
-@pytest.mark.parametrize(("words", "path"), PICTURES, ids=[path for _, path in PICTURES])
+def test_there_are_pictures_of_the_gateways_and_of_all_that_people_look_at() -> None:
+    assert {path for _, path in PICTURES} == {f"docs/{name}" for name in PICTURE_NAMES}
+
+
+@pytest.mark.parametrize(("words", "path"), DRAWN, ids=[path for _, path in DRAWN])
 def test_a_picture_is_well_formed_says_what_it_shows_and_needs_nothing_from_elsewhere(words: str, path: str) -> None:
     text = (ROOT / path).read_text()
     root = ET.fromstring(text)
@@ -172,6 +176,16 @@ def test_a_picture_is_well_formed_says_what_it_shows_and_needs_nothing_from_else
     assert len(words) > 20
     assert not re.search(r"<script|<foreignObject|href=|@import|url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.parametrize(("words", "path"), TAKEN, ids=[path for _, path in TAKEN])
+def test_a_picture_that_the_script_takes_is_a_png_and_says_what_it_shows(words: str, path: str) -> None:
+    content = (ROOT / path).read_bytes()
+
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(content) < 500_000
+    assert len(words) > 40
+    assert Path(path).stem in (ROOT / "docs" / "pictures.py").read_text()
 
 
 def test_every_link_within_the_readme_leads_somewhere() -> None:
