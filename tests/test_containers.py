@@ -58,6 +58,21 @@ def locked(path: Path) -> dict[str, str]:
     return {entry.partition("==")[0]: entry for entry in entries}
 
 
+class _Reset(yaml.SafeLoader):
+    """Knows Compose's word for "as if it were not there"."""
+
+
+_Reset.add_constructor("!reset", lambda loader, node: "reset")
+
+
+def test_without_nvidia_no_device_is_asked_for_and_nothing_else_changes() -> None:
+    overlay = yaml.load((ROOT / "deploy" / "compose.no-nvidia.yaml").read_text(), _Reset)
+
+    assert overlay == {"services": {"vram-manager": {"deploy": "reset"}}}
+    assert list(service()["deploy"]) == ["resources"]
+    assert list(service()["deploy"]["resources"]) == ["reservations"]
+
+
 class TestCompose:
     def test_every_setting_is_passed_through_and_nothing_else(self) -> None:
         assert set(service()["environment"]) == set(config.variables()) | ALIASES
