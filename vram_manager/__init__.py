@@ -4,7 +4,7 @@ The map of this tree. One value flows: a `Snapshot` (what was seen) becomes a `D
 why), which may carry an `Action` (what to ask), which becomes an `Event` (what happened, proven by a later
 snapshot).
 
-    __main__ -> cli        the verbs; all but run, demo and simulate speak to the daemon's socket
+    __main__ -> cli        the verbs; most only speak to the daemon's socket
     daemon                 wiring and lifetime: builds the parts, one task group, signals, orderly stop
     cycle                  one turn: look, decide, act, tell            <- read this first
     observer               one task per sensor, each with its deadline and cadence; gives a Snapshot
@@ -12,7 +12,7 @@ snapshot).
     gateway                streaming proxies in front of Ollama and ComfyUI that hold a call until there is room
     admissions, workers    the desk: leases, the line; limits, generations   estimates  how much it will need
     runs                   what ComfyUI runs, and what that needs
-    journal, store         the only place that records: ring, SQLite, log line, counters   lease_records  its leases
+    journal, store         the only place that records: ring, SQLite, log line   lease_records, floor_records  two parts
     tenants, history       who has how much of each GPU, and who had   sample_rows, retention  as rows, and for how long
     floors                 what each tenant keeps when nothing of it is wanted, and whether that grows
     nodes, measure         further Ollama servers: where they run their models; how fast, when somebody asks

@@ -258,7 +258,8 @@ class AdmissionSettings(_Part):
     vram_soft_limit_seconds: Seconds = 30.0
     """Seconds use must stay above the soft limit before it counts as a violation; 0: at the first check."""
     vram_leak_threshold_mb: Annotated[int, Field(ge=1, le=2**20)] = 100
-    """MiB a worker's memory between two generations may grow before it is called a leak."""
+    """MiB that what a tenant keeps may grow before it is called a leak: a worker between two generations, ComfyUI and
+    Ollama when nothing of them is wanted."""
     vram_leak_generations: Annotated[int, Field(ge=10, le=10**6)] = 100
     """Generations over which that growth is measured, not counting the warm-up."""
 

@@ -40,7 +40,7 @@ def not_idle_long_enough(queue: Queue, idle_seconds: float, now: float) -> Hold 
         return None
     return Hold(
         branch="5 idle",
-        why=f"ComfyUI has been idle for {idle_for:.1f} s of {idle_seconds:g} s",
+        why=f"ComfyUI has been idle for {idle_for:.1f} s of {round(idle_seconds, 1):g} s",
         again_seconds=idle_seconds - idle_for,
     )
 
@@ -52,7 +52,7 @@ def spacing(target: str, posted_at: Mapping[str, float], seconds: float, now: fl
         return None
     return Hold(
         branch=f"5 {word}",
-        why=f"{word}: {target} was asked {now - last:.0f} s ago, {seconds:g} s must pass",
+        why=f"{word}: {target} was asked {now - last:.0f} s ago, {round(seconds, 1):g} s must pass",
         again_seconds=seconds - (now - last),
     )
 
