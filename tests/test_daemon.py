@@ -153,7 +153,7 @@ def test_with_nothing_there_it_starts_says_once_what_is_missing_and_ends_in_orde
     assert client.call("GET", "/ready").status == 200
     assert daemon.stopped() == (0, "")
     warnings = [line for line in daemon.lines if "WARNING" in line]
-    for who in ("GPU (NVML)", "Ollama", "ComfyUI"):
+    for who in ("GPU", "Ollama", "ComfyUI"):
         assert len([line for line in warnings if f"{who} cannot be read" in line]) == 1
     assert len(warnings) == 3
     assert daemon.lines[-1].endswith("Stopped")

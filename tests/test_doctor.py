@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.policy.worlds import gpu, gpus, second
 from vram_manager import config
 from vram_manager.backends.comfyui import HttpComfyUI
 from vram_manager.backends.http import JsonClient
@@ -19,6 +20,7 @@ from vram_manager.config import Settings
 from vram_manager.daemon import build
 from vram_manager.doctor import Finding, examine, in_words
 from vram_manager.doctor.gateways import about_gateway_host
+from vram_manager.doctor.gpus import about_choices
 from vram_manager.doctor.servers import about_version, nodes
 from vram_manager.doctor.surroundings import in_container, page, webhook
 from vram_manager.domain.reading import Missing
@@ -309,3 +311,30 @@ async def test_a_node_that_is_down_is_wrong_and_hides_no_other(monkeypatch: pyte
     assert [one.verdict for one in found] == ["wrong", "fine"]
     assert "OLLAMA_HOST=0.0.0.0" in (found[0].remedy or "")
     assert "no model loaded" in found[1].words
+
+
+@pytest.mark.asyncio
+async def test_a_node_that_refuses_was_reached_and_is_told_of_once_by_its_own_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def elsewhere(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: /ui\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(elsewhere, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        found = await nodes(_looking(monkeypatch, OLLAMA_NODES=f"{url},{url}/"))
+
+    assert [(one.verdict, one.words) for one in found] == [("wrong", f"{url}: GET /api/ps: HTTP 302")]
+    assert found[0].remedy == f"set the address of {url} to where it redirects: redirects are not followed"
+
+
+def test_a_gpu_that_is_chosen_and_not_there_is_wrong_whoever_answers(configured: Configured) -> None:
+    seen = gpus(gpu(), second())
+
+    found = about_choices(configured(OLLAMA_GPU="7", COMFYUI_GPU="GPU-b"), seen)
+
+    assert [(one.verdict, one.words) for one in found] == [("wrong", "OLLAMA_GPU=7 is none of the GPUs seen here")]
+    assert found[0].remedy == "OLLAMA_GPU= one of 0 (GPU-a), 1 (GPU-b), or empty"

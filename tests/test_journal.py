@@ -576,7 +576,7 @@ LINES = {
     ),
     "sensor lost": (
         Event(type=EventType.SENSOR_LOST, target="nvml", reason="GPU is lost; restart the container"),
-        "WARNING GPU (NVML) cannot be read: GPU is lost; restart the container [event-0001]",
+        "WARNING GPU cannot be read: GPU is lost; restart the container [event-0001]",
     ),
     "sensor back": (BACK, "INFO Ollama can be read: version 0.33.1 [event-0001]"),
 }

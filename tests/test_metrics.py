@@ -32,7 +32,7 @@ from vram_manager.domain.snapshot import (
 )
 from vram_manager.domain.watch import Watch
 from vram_manager.journal import Entry
-from vram_manager.metrics import PREFIX, TENANTS_OF_A_GPU, Metrics
+from vram_manager.metrics import OWNERS, PREFIX, TENANTS_OF_A_GPU, Metrics
 from vram_manager.policy.rules import Rules
 
 CARD = Gpu(
@@ -97,9 +97,10 @@ class Crew:
     soft_violations: int = 2
     hard_violations: int = 3
     leaks: int = 1
+    held: dict[str, int] = field(default_factory=lambda: {"tts": 5 * GIB})
 
     def memory(self) -> dict[str, int]:
-        return {"tts": 5 * GIB}
+        return self.held
 
 
 @dataclass
@@ -150,10 +151,14 @@ FLOORS = Rising((floor("idle", 2, 3), floor("freed", 9)), leaks=2)
 
 
 def metrics(
-    turn: Turn | None = None, desk: Desk | None = None, tenants: Tenants | None = None, **states: Reading[object]
+    turn: Turn | None = None,
+    desk: Desk | None = None,
+    tenants: Tenants | None = None,
+    crew: Crew | None = None,
+    **states: Reading[object],
 ) -> Metrics:
     clock = Clock(lambda: 100.0, lambda: datetime.now(UTC))
-    parts = (turn or Turn(), Sensors(states), desk or Desk(), Crew(), tenants or Tenants(), NODES, FLOORS)
+    parts = (turn or Turn(), Sensors(states), desk or Desk(), crew or Crew(), tenants or Tenants(), NODES, FLOORS)
     return Metrics(clock, *parts)
 
 
@@ -434,6 +439,23 @@ def test_no_name_from_outside_breaks_the_text(name: str):
     models = (replace(MODEL, name=name), MODEL)
     told = samples(metrics(Turn(snapshot=replace(SEEN, ollama=Seen(OllamaState(version="1", models=models), 1.0)))))
     assert len(told["ollama_model_vram_bytes"]) == 2
+
+
+def test_names_that_utf8_cannot_tell_apart_are_one_sample():
+    models = tuple(replace(MODEL, name=name, size_vram_bytes=GIB) for name in ("a\ud800", "a\ud801"))
+    told = samples(metrics(Turn(snapshot=replace(SEEN, ollama=Seen(OllamaState(version="1", models=models), 1.0)))))
+    assert told["ollama_model_vram_bytes"] == {(("model", "a?"),): 2.0 * GIB}
+
+
+def test_a_crowd_of_workers_is_told_as_the_largest_and_the_rest_and_still_adds_up() -> None:
+    crowd = {f"job-{number}": 1000 + number for number in range(500)}
+    promised = [lease(1, owner=owner, id=owner, used_bytes=GIB + 2) for owner in crowd]
+    shown = samples(metrics(desk=Desk(book(*promised)), crew=Crew(held=crowd)))
+    for name, total in (("worker_memory_bytes", sum(crowd.values())), ("lease_overclaimed_bytes", 1000)):
+        assert len(shown[name]) == OWNERS + 1
+        assert (("owner", "the rest"),) in shown[name]
+        assert sum(shown[name].values()) == total
+    assert (("owner", "job-499"),) in shown["worker_memory_bytes"]
 
 
 def test_scrapes_change_nothing():

@@ -703,16 +703,25 @@ def test_record_ends_as_its_command_does_and_leaves_its_input_and_output_alone(v
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_goes_to_the_command_and_the_summary_still_comes(vram_record, number: signal.Signals) -> None:
-    script = f"trap 'echo told; exit 5' {number.name.removeprefix('SIG')}; echo ready; while :; do read -r _; done"
+    # When these tests are interrupted it must not stay: it ends with whoever started it.
+    wait = "while kill -0 $PPID; do sleep 0.05; done"
+    script = f"trap 'echo told; exit 5' {number.name.removeprefix('SIG')}; echo ready; {wait}"
     child = vram_record("--", "sh", "-c", script)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)
-    assert child.stdin is not None
-    child.stdin.write("\n")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (5, "told\n")
     assert "VRAM of GPU 0 (Fake GPU 0) while" in err
+
+
+@pytest.mark.usefixtures("vram_record")
+def test_without_a_stderr_nothing_of_ours_is_mixed_into_what_the_command_prints() -> None:
+    without = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "vram_manager", "record"]
+    for options in ([], ["--json"], ["--gpu", "0", "--out", "/dev/full"]):
+        done = subprocess.run([*without, *options, "--", "echo", "its own"], stdout=subprocess.PIPE, check=False)
+        expected = (2, b"") if "--out" in options else (0, b"its own\n")
+        assert (done.returncode, done.stdout) == expected, options
 
 
 def test_a_daemon_that_the_command_leaves_behind_does_not_keep_the_recording_open(vram_record) -> None:

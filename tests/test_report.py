@@ -22,7 +22,7 @@ from vram_manager.gauges import MOST_ROWS, NOT_VISIBLE
 from vram_manager.report import text
 from vram_manager.simulator.serve import serving
 from vram_manager.simulator.world import World
-from vram_manager.summary import NO_SNAPSHOT, document, summary
+from vram_manager.summary import NO_SNAPSHOT, completed, document, summary
 from vram_manager.terminal import Terminal, cells, clean, columns, table, wrapped
 
 GIB = 2**30
@@ -411,6 +411,12 @@ def test_a_tenant_however_small_is_seen_in_the_bar():
     assert "▓" in bars(report(gpu(tenants=[share("ollama:a", 7.99), share("process:Xorg", 0.01)])))[0]
 
 
+def test_a_name_of_ten_thousand_letters_does_not_fill_the_screen():
+    words = report(gpu(tenants=[share("ollama:" + "x" * 10_000, 8)]), now="y" * 10_000, width=100)
+    assert len(words.splitlines()) < 60
+    assert "x..." in words.replace(" ", "").replace("\n", "")
+
+
 def test_many_small_tenants_are_summed_up():
     many = [share(f"process:p{place}", 0.25) for place in range(20)]
     words = report(gpu(used=5, tenants=many))
@@ -557,6 +563,31 @@ def test_numbers_that_the_daemon_does_not_tell_are_unknown():
     seen = snapshot(gpu())
     del seen["margin_bytes"], seen["gpus"][0]["fits_bytes"], seen["gpus"][0]["unknown"]
     assert summed(text(document(seen, []), Terminal()))["Fits now"] == "unknown: the daemon does not say"
+
+
+def older(*gpus: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A snapshot as a daemon of version 0.3.0 says it."""
+    new_in_gpu = ("vendor", "source", "trust", "unified", "asleep", "taken_bytes", "unknown", "leased_bytes")
+    new_in_gpu += ("fits_bytes", "limits", "tenants")
+    whole = snapshot(*({key: gpu[key] for key in gpu.keys() - set(new_in_gpu)} for gpu in gpus), **more)
+    return {key: whole[key] for key in whole.keys() - {"gpus_left_out", "margin_bytes", "line", "nodes"}}
+
+
+def test_what_an_older_daemon_does_not_say_follows_from_what_it_says_or_is_unknown():
+    leases = [{"gpu": "GPU-00000000", "outstanding_bytes": GIB}, {"gpu": "GPU-00000001", "outstanding_bytes": 3 * GIB}]
+    whole = completed(older(gpu(total=24, used=8, reserved_bytes=GIB, free_bytes=15 * GIB), blind(1), leases=leases))
+
+    assert [one["taken_bytes"] for one in whole["gpus"]] == [8 * GIB, None]
+    assert [one["leased_bytes"] for one in whole["gpus"]] == [GIB, 3 * GIB]
+    assert [one["source"] for one in completed(older(gpu(), second_hand=True))["gpus"]] == ["ComfyUI"]
+    assert completed(snapshot(gpu())) == snapshot(gpu())
+
+
+def test_the_report_of_an_older_daemon_has_the_sums_that_it_can_have():
+    words = text(document(older(gpu(used=8), blind(1)), []), Terminal())
+
+    assert summed(words)["VRAM utilisation"] == "33.3 % (8.0 GiB)"
+    assert summed(words)["Fits now"] == "unknown: the daemon does not say"
 
 
 @pytest.mark.parametrize("ollama", [None, {"state": "missing", "why": "refused", "models": None}])

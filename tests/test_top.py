@@ -344,6 +344,16 @@ def test_a_daemon_that_is_away_leaves_the_last_picture_dim():
     assert all(any(span.style.dim for span in line.spans if not isinstance(span.style, str)) for line in lines[2:8])
 
 
+def test_of_an_older_daemon_the_memory_is_shown():
+    card = gpu(0, *FULL)
+    for name in ("taken_bytes", "leased_bytes", "tenants", "limits", "vendor", "source", "trust", "unified", "asleep"):
+        del card[name]
+    told = {"taken_at": snapshot()["taken_at"], "gpus": [card], "now": "nobody needs more"}
+    lines = drawn(Seen().heard(Heard(health=HEALTH, snapshot=told, events=[])))
+
+    assert f"taken {gpu(0, *FULL)['taken_bytes'] / GIB:.1f} of" in "\n".join(lines)
+
+
 def test_a_model_says_where_it_is_and_how_long_it_stays():
     models = [
         model("on-gpu"),

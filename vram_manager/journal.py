@@ -252,7 +252,7 @@ def _restored(row: Row) -> Entry | None:
         return None
 
 
-_SENSOR_NAMES = {"nvml": "GPU (NVML)", "ollama": "Ollama", "comfyui": "ComfyUI"}
+_SENSOR_NAMES = {"nvml": "GPU", "ollama": "Ollama", "comfyui": "ComfyUI"}
 
 
 def _who(target: str | None) -> str:

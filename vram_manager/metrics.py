@@ -28,6 +28,9 @@ from vram_manager.policy.rules import Rules
 PREFIX = "vram_manager_"
 # Names of tenants come from outside: of each GPU the largest have a series of their own, the rest are "the rest".
 TENANTS_OF_A_GPU = 32
+# So do those of who asks for leases: a name with a number of its own in every job would make a series for each.
+OWNERS = 32
+_THE_REST = "the rest"
 WEBHOOK_OUTCOMES = ("delivered", "failed", "dropped")
 _REPAIRS = {EventType.REPAIRED: "repaired", EventType.REPAIR_FAILED: "failed"}
 _OUTCOMES = {
@@ -235,18 +238,18 @@ class Metrics(Collector):
     def _promises(self) -> Iterator[Metric]:
         book = self._admissions.book
         leased: dict[tuple[str, ...], float] = {}
-        over: dict[tuple[str, ...], float] = {}
+        over: dict[str, int] = {}
         for lease in book.leases.values():
             leased[(lease.gpu or "",)] = leased.get((lease.gpu or "",), 0.0) + lease.bytes
-            over[(lease.owner,)] = over.get((lease.owner,), 0.0) + lease.overclaimed_bytes
+            over[lease.owner] = over.get(lease.owner, 0) + lease.overclaimed_bytes
         yield self._gauge("gpu_memory_leased_bytes", "Memory promised to lease holders.", leased, ("gpu",))
-        yield self._gauge("lease_overclaimed_bytes", "Memory taken beyond what was leased.", over, ("owner",))
+        yield self._gauge("lease_overclaimed_bytes", "Memory taken beyond what was leased.", _largest(over), ("owner",))
         yield self._gauge("leases", "Live leases.", {(): float(len(book.leases))}, ())
         yield self._gauge("admissions_waiting", "Admission requests in line.", {(): float(len(book.line))}, ())
         oldest = min((ticket.since for ticket in book.line), default=None)
         waited: dict[tuple[str, ...], float] = {} if oldest is None else {(): self._clock.monotonic() - oldest}
         yield self._gauge("admissions_oldest_wait_seconds", "How long the first in line has waited.", waited, ())
-        held: dict[tuple[str, ...], float] = {(owner,): float(size) for owner, size in self._workers.memory().items()}
+        held = _largest(self._workers.memory())
         yield self._gauge("worker_memory_bytes", "GPU memory a worker last reported as its own.", held, ("owner",))
         soft, hard, leaks = self._workers.soft_violations, self._workers.hard_violations, self._workers.leaks
         yield self._sum("soft_limit_violations", "Use that stayed above the soft limit.", soft)
@@ -260,7 +263,7 @@ class Metrics(Collector):
         for name in ("total", "used", "free"):
             yield self._gauge(
                 f"gpu_memory_{name}_bytes",
-                f"NVML's {name} memory of the GPU.",
+                f"Memory of the GPU: {name}, as its driver tells it.",
                 {(uuid,): float(getattr(memory, f"{name}_bytes")) for uuid, memory in memories.items()},
                 ("gpu",),
             )
@@ -312,7 +315,7 @@ class Metrics(Collector):
             largest = sorted(shares, key=lambda share: -share.bytes)
             for rank, share in enumerate(largest):
                 named = rank < TENANTS_OF_A_GPU or share.kind is ShareKind.OTHERS
-                key = (gpu, str(share.kind), share.tenant if named else "the rest")
+                key = (gpu, str(share.kind), share.tenant if named else _THE_REST)
                 found[key] = found.get(key, 0.0) + share.bytes
         return found
 
@@ -365,7 +368,20 @@ class Metrics(Collector):
         name: str, words: str, samples: dict[tuple[str, ...], float], labels: tuple[str, ...]
     ) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, words, labels=labels)
+        # Names come from outside: what UTF-8 cannot say must not take the whole page with it, nor come twice.
+        told: dict[tuple[str, ...], float] = {}
         for values, number in samples.items():
-            # Names come from outside; one that UTF-8 cannot say must not take the whole page with it.
-            family.add_metric([value.encode(errors="replace").decode() for value in values], number)
+            key = tuple(value.encode(errors="replace").decode() for value in values)
+            told[key] = told.get(key, 0.0) + number
+        for key, number in told.items():
+            family.add_metric(key, number)
         return family
+
+
+def _largest(sizes: Mapping[str, int]) -> dict[tuple[str, ...], float]:
+    """The largest by owner, and what the others have as one."""
+    found: dict[tuple[str, ...], float] = {}
+    for rank, (owner, size) in enumerate(sorted(sizes.items(), key=lambda one: (-one[1], one[0]))):
+        key = (owner if rank < OWNERS else _THE_REST,)
+        found[key] = found.get(key, 0.0) + size
+    return found

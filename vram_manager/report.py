@@ -11,6 +11,8 @@ from vram_manager.terminal import TWO_BLOCKS, WIDEST_LINE, Terminal, beside, flo
 from vram_manager.words import clock, lease_line, waiting_line
 
 INDENT: Final = "   "
+# No name says more in more letters, and a report of them would be books long.
+LONGEST_TEXT: Final = 1000
 # Ollama's own "forever" is the year 2318; its CLI says Forever from 20 years on.
 _FOREVER_SECONDS: Final = 20 * 365 * 86_400
 # A node is asked every 15 s: what is older than two of them is worth a word.
@@ -63,7 +65,7 @@ def _shown(value: Any, terminal: Terminal) -> Any:
     """The document with every text as the terminal can show it."""
     match value:
         case str():
-            return terminal.said(value)
+            return terminal.said(value if len(value) <= LONGEST_TEXT else f"{value[:LONGEST_TEXT]}...")
         case list() | tuple():
             return [_shown(one, terminal) for one in value]
         case dict():

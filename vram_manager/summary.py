@@ -25,6 +25,36 @@ NO_SNAPSHOT: dict[str, Any] = {
     "nodes": [],
 }
 
+# What a GPU of a daemon before 0.4.0, which lacks these, must have been.
+_OLDER_GPU: dict[str, Any] = {
+    "vendor": "nvidia",
+    "trust": "measured",
+    "unified": False,
+    "asleep": False,
+    "tenants": [],
+    "limits": None,
+    "processes": None,
+    "processes_why": "the daemon does not say",
+}
+
+
+def completed(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """The snapshot with what an older daemon leaves out, as far as it follows from what it says."""
+    gpus = [_completed(gpu, snapshot) for gpu in snapshot["gpus"]]
+    return {**NO_SNAPSHOT, "gpus_why": None, **snapshot, "gpus": gpus}
+
+
+def _completed(gpu: dict[str, Any], snapshot: dict[str, Any]) -> dict[str, Any]:
+    total, free = gpu["total_bytes"], gpu["free_bytes"]
+    leases = (lease for lease in snapshot.get("leases", ()) if lease.get("gpu") == gpu["uuid"])
+    return {
+        **_OLDER_GPU,
+        "source": "ComfyUI" if snapshot.get("second_hand") else "NVML",
+        "taken_bytes": None if total is None else total - (gpu["reserved_bytes"] or 0) - free,
+        "leased_bytes": sum(lease.get("outstanding_bytes", 0) for lease in leases),
+        **gpu,
+    }
+
 
 def document(
     snapshot: dict[str, Any],
@@ -37,8 +67,9 @@ def document(
 
     `problem` is why there is no daemon to ask.
     """
+    snapshot = completed(snapshot)
     asked = {node["url"]: node for node in nodes}
-    known = [asked.pop(node["url"], node) for node in snapshot.get("nodes", ())]
+    known = [asked.pop(node["url"], node) for node in snapshot["nodes"]]
     nodes = [*known, *asked.values()]
     return {**snapshot, "problem": problem, "events": events, "nodes": nodes, "summary": summary(snapshot)}
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
 from tests.api.conftest import Served, error_of
 from tests.api.schema import complaints
 from tests.fakes import GIB, Card
+from vram_manager.api.history import HistoryRoute, _csv
 from vram_manager.api.openapi import DOCUMENT
 from vram_manager.clock import Clock
 from vram_manager.domain.reading import Off, Seen
+from vram_manager.domain.sample import Device, GpuSeries, Level, Series, TenantSeries, Window
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, Snapshot
 from vram_manager.history import MAX_EVENTS, History
+from vram_manager.journal import Journal
 from vram_manager.policy.series import COLUMNS
 from vram_manager.store import Store
 
@@ -74,6 +79,35 @@ async def test_as_csv_it_is_one_row_a_gpu_and_step(served: Served):
         assert last["GPU-b"]["taken_max_bytes"] == str(12 * GIB)
         assert last["GPU-b"]["comfyui in use"] == "0"
         assert datetime.fromisoformat(last["GPU-a"]["at"]).tzinfo is UTC
+
+
+async def test_no_column_is_a_formula_whatever_a_model_is_called(served: Served):
+    served.ollama.load("=1+1|'", 8)
+    served.daemon.observer.changed.set()
+    deadline = asyncio.get_running_loop().time() + 20
+    while "ollama:" not in (text := (await served.http.get("/v1/history?format=csv")).text):
+        assert asyncio.get_running_loop().time() < deadline
+
+    cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+    assert "ollama:=1+1|'" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t"))]
+
+
+async def test_a_program_with_a_name_of_several_lines_has_one_cell():
+    gpu = Device(uuid="GPU-a", index=0, name="", total_bytes=1, reserved_bytes=0)
+    columns: dict[str, list[float | None]] = {name: [1] for name in COLUMNS}
+    evil = TenantSeries(kind="process", tenant="process:a\rb\n\ud800", bytes=[1], max_bytes=[1])
+    series = Series(
+        window=Window(begin=0, end=60),
+        step_seconds=60,
+        level=Level.MINUTE,
+        gpus=(GpuSeries(device=gpu, at=[0], columns=columns, tenants=(evil,)),),
+        queue_at=[],
+        queue_remaining=[],
+    )
+    head, row = _csv(series).decode().splitlines()
+    assert head.endswith(",power_watts,process:a?b??")
+    assert row.startswith("1970-01-01T00:00:00.000Z,GPU-a,1,")
 
 
 async def test_json_is_told_to_whoever_says_so_however_csv_is_accepted(served: Served):
@@ -220,6 +254,39 @@ async def test_many_who_ask_at_once_are_all_answered(served: Served):
     replies = await asyncio.gather(*(served.http.get("/v1/history?from=-2h") for _ in range(8)))
 
     assert {reply.status_code for reply in replies} == {200}
+
+
+class Counted(History):
+    """How often it was read."""
+
+    reads = 0
+
+    def read(self, window: Window, now: float) -> Series:
+        self.reads += 1
+        return super().read(window, now)
+
+
+async def test_nothing_is_read_for_whoever_has_hung_up(tmp_path: Path):
+    clock = Clock.of_running_loop()
+    store = Store.open(tmp_path)
+    history = Counted(clock, store)
+    route = HistoryRoute(clock, history, Journal(clock, store))
+    here = asyncio.Event()
+
+    async def gone() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def waits() -> Message:
+        await here.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/history", "query_string": b"", "headers": []}
+    replies = await asyncio.gather(*(route.get(Request(scope, receive)) for receive in (gone, waits, gone)))
+    history.close()
+    store.close()
+
+    assert [reply.status_code for reply in replies] == [499, 200, 499]
+    assert history.reads == 1
 
 
 async def test_what_was_seen_is_there_after_a_restart(serve: Serve):

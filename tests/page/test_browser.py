@@ -11,8 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from tests.page.box import MORNING, SILENCE, Box, serving, stamp
+from tests.page.box import GIB, MORNING, RESERVED, SILENCE, TOTAL, Box, serving, stamp
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -e .[dev])")
 expect = sync_api.expect
@@ -370,3 +372,113 @@ def test_what_a_finger_pointed_at_stays_until_it_taps_elsewhere(opened: Open) ->
     page.locator("#fit").tap()
 
     expect(page.locator(".tip")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("\u202egnp.evil:7b", " gnp.evil:7b"), ("__proto__", "__proto__"), ("x" * 9000, "x" * 992 + "…")],
+    ids=["turned", "prototype", "long"],
+)
+def test_a_name_steers_nothing_around_it_and_fills_no_page(opened: Open, name: str, shown: str) -> None:
+    box = Box()
+    page = opened(box)
+    box.new.append(box.event(3, box.now, "leak", name))
+
+    newest = page.locator("#events li").first.locator("b")
+    expect(newest).to_contain_text(shown.strip()[:900])
+    assert len(newest.text_content()) <= 1001
+    assert "\u202e" not in newest.text_content()
+
+
+class Crowd(Box):
+    """Each look sees a hundred tenants that nobody has seen before."""
+
+    def snapshot(self) -> dict[str, Any]:
+        self.now += 2
+        return super().snapshot()
+
+    def tenants(self, index: int, at: float) -> list[dict[str, Any]]:
+        names = [f"process:run-{at:.0f}-{number}" for number in range(100 if at > MORNING else 0)]
+        return super().tenants(index, at) + [
+            {"kind": "process", "tenant": name, "bytes": GIB // 100, "certainty": "measured"} for name in names
+        ]
+
+
+def test_of_tenants_by_the_hundred_no_more_are_kept_than_are_told_apart(opened: Open) -> None:
+    box = Crowd()
+    page = opened(box)
+    page.locator("#table summary").click()
+    expect(page.locator("#table th", has_text="run-")).not_to_have_count(0)
+    looks = box.asked.count("snapshot") + 3
+    deadline = time.monotonic() + 20
+    while box.asked.count("snapshot") < looks:
+        assert time.monotonic() < deadline
+        page.evaluate("1")
+
+    page.keyboard.press("Tab")
+    assert page.locator("#table th").count() <= 5 + 33
+    newest = page.locator("#table tbody tr").first.locator("td").all_inner_texts()
+    sizes = [float(text.split()[0]) / (1024 if text.endswith("MiB") else 1) for text in newest[5:] if text != "–"]
+    assert sum(sizes) == pytest.approx(float(newest[1].split()[0]), abs=0.6)
+
+
+def test_a_clock_that_is_put_back_does_not_keep_out_what_comes(opened: Open) -> None:
+    box = Box()
+    page = opened(box)
+    page.locator("#table summary").click()
+    expect(page.locator("#table tbody td").first).to_contain_text("2 Mar 08:30:00")
+
+    box.now -= 3600 - 2.5
+
+    expect(page.locator("#table tbody td").first).to_contain_text("2 Mar 07:30:02")
+    expect(page.locator("#to")).to_have_value(re.compile("T07:30:0"))
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_the_window_is_the_daemons_whatever_the_browsers_clock_says(opened: Open, hours: int) -> None:
+    page = opened(Box())
+    page.add_init_script(f"Date.now = () => {(MORNING + hours * 3600) * 1000} + performance.now();")
+    page.reload()
+
+    expect(page.locator("#to")).to_have_value(re.compile("T08:30"))
+    expect(page.locator("#events li").first).to_contain_text("2 Mar 08:")
+    expect(page.locator("#leases")).to_contain_text(re.compile("expires in [45] min"))
+
+
+def test_what_happened_while_the_reader_slept_is_no_gap(opened: Open) -> None:
+    box = Box()
+    page = opened(box)
+    box.now += 900
+
+    page.evaluate("(() => { const right = Date.now; Date.now = () => right() + 900000; })()")
+
+    expect(page.locator("#to")).to_have_value(re.compile("T08:45"))
+    expect(hover(page, 0.9).locator(".when")).to_contain_text(re.compile("08:(3[5-9]|4[0-4])"))
+    expect(page.locator(".tip").first).to_contain_text("taken")
+
+
+def test_a_gpu_that_was_larger_fits_into_its_chart(opened: Open) -> None:
+    class Exchanged(Box):
+        def gpu(self, index: int) -> dict[str, Any]:
+            return super().gpu(index) | {"total_bytes": 12 * GIB, "taken_bytes": 2 * GIB, "free_bytes": 10 * GIB}
+
+        def column(self, index: int, times: list[float]) -> dict[str, Any]:
+            return super().column(index, times) | {"total_bytes": 12 * GIB}
+
+    page = opened(Exchanged())
+
+    top = page.evaluate("Chart.getChart(document.querySelector('.plot canvas')).scales.y.max")
+    assert top == TOTAL - RESERVED
+
+
+def test_the_page_may_stand_under_a_path_of_a_proxy(opened: Open) -> None:
+    class Below(Box):
+        def app(self) -> Starlette:
+            return Starlette(routes=[Mount("/vram", super().app())])
+
+    with serving(Below()) as url:
+        page = opened(Box(), url=f"{url}/vram")
+
+        expect(page.locator("#link")).to_have_text("live")
+        expect(page.locator("#events li").first).to_contain_text("ComfyUI: freed")
+        assert page.evaluate("fetch(document.querySelector('#csv').href).then(reply => reply.status)") == 200

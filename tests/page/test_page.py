@@ -68,6 +68,21 @@ async def test_a_reader_that_has_a_file_is_told_that_it_is_still_the_same(http: 
     assert first.headers["cache-control"] == "no-cache"
 
 
+async def test_whoever_has_any_of_it_is_told_so_too(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/", headers={"If-None-Match": "*"})).status_code == 304
+
+
+@pytest.mark.parametrize(
+    ("accepted", "packed"),
+    [("GZIP;q=0.5, br", True), ("br, gzip; q=1", True), ("gzip;q=0", False), ("gzip;q=0.000, *", False), ("", False)],
+)
+async def test_who_refuses_gzip_does_not_get_it(http: httpx.AsyncClient, accepted: str, packed: bool) -> None:
+    reply = await http.get("/", headers={"Accept-Encoding": accepted})
+
+    assert ("content-encoding" in reply.headers) == packed
+    assert reply.text.startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize("path", ["/", "/chart.js"])
 async def test_who_takes_gzip_gets_it_and_others_the_file(http: httpx.AsyncClient, path: str) -> None:
     packed = await http.get(path, headers={"Accept-Encoding": "gzip"})

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.policy.worlds import DYNAMIC, GIB, comfyui, device, gib, gpu, gpus, model, ollama, process, second, snapshot
+from vram_manager.domain.action import Stage
 from vram_manager.domain.lease import Estimate, Lease, Priority, Source
 from vram_manager.domain.reading import Missing, Off
 from vram_manager.domain.share import Certainty, Share, ShareKind
 from vram_manager.domain.size import Size
 from vram_manager.domain.snapshot import Gpu, Snapshot
+from vram_manager.domain.watch import Lesson
 from vram_manager.policy import Rules
 from vram_manager.policy.shares import shares
 
@@ -72,6 +74,20 @@ def test_weights_that_comfyui_does_not_count_are_perhaps_its() -> None:
         kind=ShareKind.COMFYUI_UNSEEN, tenant="comfyui unseen", bytes=gib(13), certainty=Certainty.PERHAPS
     )
     assert found[1].tenant == "others"
+
+
+def test_what_programs_of_the_cpu_have_of_unified_memory_is_not_guessed_to_be_comfyuis() -> None:
+    card = replace(gpu(free_gib=10), unified=True)
+    seen = snapshot(0, gpus(card), comfyui=comfyui(version=DYNAMIC, devices=(device(torch_gib=2),)), ollama=ollama())
+    learned = Lesson(runs=0, stages=frozenset({Stage.SOFT}), freed_bytes=0, floors={Stage.SOFT: gib(9)})
+
+    assert told(seen, card) == {"comfyui in use": 2, "others": 12}
+    found = shares(seen, gpus(card), card, lesson=learned, rules=Rules())
+    assert {share.tenant: share.bytes / GIB for share in found} == {
+        "comfyui in use": 2,
+        "comfyui unseen": 3,
+        "others": 9,
+    }
 
 
 def test_a_worker_counts_with_its_lease_or_its_own_word_whichever_is_more() -> None:

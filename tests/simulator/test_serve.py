@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import struct
 
 import httpx
@@ -11,11 +12,12 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from vram_manager.errors import SettingsError
 from vram_manager.simulator.comfyui_executor import ComfyUISettings
 from vram_manager.simulator.comfyui_pictures import png
 from vram_manager.simulator.ledger import GIB, MIB, Ledger
 from vram_manager.simulator.ollama_runner import OllamaSettings
-from vram_manager.simulator.serve import control_app, mirrored, serve_world, serving
+from vram_manager.simulator.serve import Extras, control_app, mirrored, serve_world, serving
 from vram_manager.simulator.world import World, txt2img
 
 pytestmark = pytest.mark.asyncio
@@ -184,3 +186,53 @@ async def test_a_served_world_ends_when_cancelled(unused_tcp_port_factory):
     assert list(gpu.json()["holders"]) == ["comfyui"]
     assert version.json() == {"version": "0.32.15"}
     assert queue.json() == {"exec_info": {"queue_remaining": 0}}
+
+
+async def test_where_any_port_will_do_that_holds_for_the_further_servers_too(
+    capsys,
+) -> None:
+    world = asyncio.create_task(
+        serve_world(
+            host="127.0.0.1",
+            ollama_port=0,
+            comfyui_port=0,
+            control_port=None,
+            gpu_gib=24,
+            mode="dynamic",
+            nvml_state=None,
+            extras=Extras(nodes=2),
+        )
+    )
+    said = ""
+    async with asyncio.timeout(30):
+        while "OLLAMA_NODES" not in said:
+            assert not world.done()
+            await asyncio.sleep(0)
+            said += capsys.readouterr().out
+    urls = said.partition("OLLAMA_NODES=")[2].strip().split(",")
+
+    async with httpx.AsyncClient() as http:
+        answers = [(await http.get(f"{url}/api/version")).status_code for url in urls]
+    world.cancel()
+    await asyncio.gather(world, return_exceptions=True)
+
+    assert answers == [200, 200]
+
+
+async def test_a_port_that_cannot_be_had_is_one_line():
+    async with fast_world() as world:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            with pytest.raises(SettingsError, match=f"^127.0.0.1:{port}: cannot be listened on .*choose another port$"):
+                async with serving(world.ollama.app, port=port):
+                    pass
+        with pytest.raises(SettingsError, match=r"^127.0.0.1:65536: is no port"):
+            async with serving(world.ollama.app, port=65_536):
+                pass
+
+
+async def test_a_state_file_that_cannot_be_written_is_one_line(tmp_path) -> None:
+    file = tmp_path / "nowhere" / "state"
+    refused = pytest.raises(SettingsError, match=r"^--nvml-state .*state: cannot be written \(No such file")
+    with refused, mirrored(file, Ledger(GIB)):
+        pass

@@ -54,6 +54,9 @@ class HistoryRoute:
 
         try:
             async with self._one_at_a_time:
+                if await request.is_disconnected():
+                    # Those behind wait for nobody who has hung up. 499 is what nginx logs then; no one sees it.
+                    return Response(status_code=499)
                 content = await asyncio.to_thread(body)
         except sqlite3.Error as problem:
             return error(503, "unreadable", f"the history cannot be read ({problem}): try again")
@@ -167,10 +170,15 @@ def _csv(series: Series) -> bytes:
     tenants = sorted({one.tenant for gpu in series.gpus for one in gpu.tenants})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["at", "gpu", *COLUMNS, *tenants])
+    writer.writerow(["at", "gpu", *COLUMNS, *map(_on_one_line, tenants)])
     for gpu in series.gpus:
         writer.writerows(_rows(gpu, tenants))
-    return text.getvalue().encode(errors="replace")
+    return text.getvalue().encode()
+
+
+def _on_one_line(name: str) -> str:
+    """A program calls itself what it likes; a lone carriage return would end the row for some readers."""
+    return "".join(sign if sign.isprintable() else "?" for sign in name)
 
 
 def _rows(gpu: GpuSeries, tenants: list[str]) -> Iterator[list[object]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,19 +58,28 @@ class _Files:
 
     def __init__(self) -> None:
         self._kept: dict[Path, _Kept] = {}
+        # When many ask for the same at first, it is compressed once.
+        self._packing = asyncio.Lock()
 
     async def answer(self, request: Request, file: Path, cache: str) -> Response:
         """The file, or 304 where the reader has it."""
-        if file not in self._kept:
-            self._kept[file] = await asyncio.to_thread(_packed, file)
+        async with self._packing:
+            if file not in self._kept:
+                self._kept[file] = await asyncio.to_thread(_packed, file)
         kept = self._kept[file]
         headers = {**_HEADERS, "ETag": kept.etag, "Cache-Control": cache}
-        if kept.etag in {tag.strip() for tag in request.headers.get("if-none-match", "").split(",")}:
+        if {kept.etag, "*"} & {tag.strip() for tag in request.headers.get("if-none-match", "").split(",")}:
             return Response(status_code=304, headers=headers)
-        if "gzip" in request.headers.get("accept-encoding", ""):
+        if _takes_gzip(request.headers.get("accept-encoding", "")):
             return Response(kept.packed, headers={**headers, "Content-Encoding": "gzip"}, media_type=_type(file))
         # From the disk, piece by piece: in one piece the library would cost the daemon 2 MiB for good.
         return FileResponse(file, headers=headers, media_type=_type(file))
+
+
+def _takes_gzip(accepted: str) -> bool:
+    """Named, and not with a weight of 0."""
+    codings = (one.partition(";") for one in accepted.lower().split(","))
+    return any(name.strip() == "gzip" and not re.fullmatch(r"\s*q=0(\.0*)?\s*", weight) for name, _, weight in codings)
 
 
 def _packed(file: Path) -> _Kept:

@@ -10,6 +10,7 @@ from vram_manager.domain.size import gib
 from vram_manager.domain.snapshot import Gpu, Gpus, Trust
 from vram_manager.errors import SensorError
 from vram_manager.gpus.all import AllGpus
+from vram_manager.policy.accounting import named
 
 
 async def gpus(settings: Settings) -> tuple[Gpus | None, list[Finding]]:
@@ -23,7 +24,21 @@ async def gpus(settings: Settings) -> tuple[Gpus | None, list[Finding]]:
     driver = gpus.driver_version if isinstance(gpus.driver_version, str) else "version unknown"
     findings = [finding for gpu in gpus.gpus for finding in _gpu(gpu, driver)]
     findings += [Finding("gpus", "note", f"left out: {words}") for words in gpus.left_out]
+    findings += about_choices(settings, gpus)
     return gpus, findings + _traps()
+
+
+def about_choices(settings: Settings, gpus: Gpus) -> list[Finding]:
+    """Settings that choose a GPU which is not there: then nothing is known of who is where, and nothing is freed."""
+    there = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in gpus.gpus)
+    return [
+        Finding("gpus", "wrong", f"{name}={wanted} is none of the GPUs seen here", f"{name}= one of {there}, or empty")
+        for name, wanted in (
+            ("OLLAMA_GPU", settings.ollama.ollama_gpu),
+            ("COMFYUI_GPU", settings.comfyui.comfyui_gpu),
+        )
+        if wanted is not None and named(gpus, wanted) is None
+    ]
 
 
 def _traps() -> list[Finding]:

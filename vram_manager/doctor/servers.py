@@ -15,7 +15,7 @@ from vram_manager.doctor.finding import Finding
 from vram_manager.domain.reading import Missing
 from vram_manager.domain.snapshot import ComfyUIState, Gpus
 from vram_manager.domain.version import release
-from vram_manager.errors import SensorError
+from vram_manager.errors import Rejected, SensorError
 from vram_manager.policy.accounting import comfyui_gpu, weights_may_hide
 from vram_manager.policy.demands import on_cpu, placement
 
@@ -97,7 +97,9 @@ def _about_devices(settings: Settings, state: ComfyUIState, gpus: Gpus | None) -
     if gpus is not None:
         gpu = comfyui_gpu(state, gpus, settings.rules())
         if isinstance(gpu, Missing):
-            findings.append(Finding("comfyui", "wrong", gpu.why, gpu.remedy))
+            # One that was chosen and is not there is told of with the GPUs.
+            if settings.comfyui.comfyui_gpu is None:
+                findings.append(Finding("comfyui", "wrong", gpu.why, gpu.remedy))
         else:
             findings.append(Finding("comfyui", "fine", f"it computes on GPU {gpu.index} ({gpu.name})"))
         if len(gpus.gpus) > 1 and settings.ollama.ollama_url and settings.ollama.ollama_gpu is None:
@@ -124,17 +126,19 @@ async def _tried(words: str, attempt: Callable[[], Awaitable[None]]) -> Finding:
 
 async def nodes(settings: Settings) -> list[Finding]:
     """Further Ollama servers, all at once: a node that is down keeps no other waiting."""
-    return list(await asyncio.gather(*(_node(url) for url in settings.looking.ollama_nodes)))
+    return list(await asyncio.gather(*(_node(url) for url in dict.fromkeys(settings.looking.ollama_nodes))))
 
 
 async def _node(url: str) -> Finding:
-    server = HttpOllama(JsonClient(url, name="ollama"))
     shown = config.without_secrets(url)
+    server = HttpOllama(JsonClient(url, name=shown))
     async with contextlib.aclosing(server):
         try:
             state = await server.models()
         except SensorError as error:
-            remedy = f"{error.remedy}; OLLAMA_HOST=0.0.0.0 there lets others ask" if error.remedy else None
+            # Only where nobody answered: who refuses was reached.
+            listens = error.remedy and not isinstance(error, Rejected)
+            remedy = f"{error.remedy}; OLLAMA_HOST=0.0.0.0 there lets others ask" if listens else error.remedy
             return Finding("node", "wrong", f"{shown}: {error.why}", remedy)
     version = state.version if isinstance(state.version, str) else "version unknown"
     loaded = ", ".join(f"{model.name} {placement(model)}" for model in state.models) or "no model loaded"

@@ -68,7 +68,7 @@ async def webhook(settings: Settings) -> list[Finding]:
         return []
     parts = urlsplit(looking.vram_webhook_url)
     secure = parts.scheme == "https"
-    shown = f"{parts.scheme}://{parts.hostname}"
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:
         async with asyncio.timeout(5):
             port = parts.port or (443 if secure else 80)

@@ -45,7 +45,7 @@ class Hold:
 
 
 def gpus_seen(snapshot: Snapshot) -> Gpus | Missing:
-    """The GPUs as NVML tells them; failing that, second-hand from ComfyUI; failing that, why not."""
+    """The GPUs as their drivers tell them; failing that, second-hand from ComfyUI; failing that, why not."""
     first_hand: Gpus | Missing
     match snapshot.gpus:
         case Seen(value=gpus):
@@ -73,7 +73,7 @@ def gpus_read_at(snapshot: Snapshot, gpus: Gpus | Missing) -> float | None:
 
 
 def _second_hand(place: int, device: TorchDevice) -> Gpu:
-    unknown = Missing("told by ComfyUI, not by NVML")
+    unknown = Missing("told by ComfyUI, not by the driver")
     free_bytes = min(device.device_free_bytes, device.vram_total_bytes)
     return Gpu(
         uuid=f"comfyui-{place}",

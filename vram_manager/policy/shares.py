@@ -83,7 +83,9 @@ def _of_comfyui(snapshot: Snapshot, gpus: Gpus, gpu: Gpu, lesson: Lesson | None,
     )
     yield ShareKind.COMFYUI_CACHED, "comfyui cached", torch.torch_free_bytes, Certainty.MEASURED
     hold = comfyui_hold(snapshot, comfyui, gpus, gpu, lesson, Stage.SOFT, rules)
-    yield ShareKind.COMFYUI_UNSEEN, "comfyui unseen", hold.bytes - hold.torch_bytes, hold.certainty
+    # Every program of the CPU has its part of unified memory: what nobody accounts for there hints at nobody.
+    if not gpu.unified or hold.certainty is not Certainty.PERHAPS:
+        yield ShareKind.COMFYUI_UNSEEN, "comfyui unseen", hold.bytes - hold.torch_bytes, hold.certainty
 
 
 def _of_workers(gpu: Gpu, leases: Iterable[Lease], reported: Mapping[str, int]) -> Iterator[_Claim]:

@@ -98,7 +98,7 @@ def _tell(recording: Recording, wish: Wish) -> None:
     if wish.as_json:
         _print(document)
     elif recording.series:
-        _print(in_words(recording, sys.stderr.encoding))
+        _print(in_words(recording, sys.stderr.encoding if sys.stderr else None))
     try:
         if wish.summary is not None:
             wish.summary.write_text(document + "\n", encoding="utf-8")
@@ -129,5 +129,7 @@ def _say(words: str) -> None:
 
 
 def _print(words: str) -> None:
+    if sys.stderr is None:  # `2>&-`; print would take stdout, which is the command's
+        return
     with suppress(OSError, ValueError):  # nobody reads it any more
         print(words, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from vram_manager.errors import SettingsError
 from vram_manager.simulator.comfyui_memory import Mode
 from vram_manager.simulator.ledger import GIB, Ledger, OutOfMemory
 from vram_manager.simulator.ollama import utcnow
@@ -43,8 +44,13 @@ class _QuietServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serving(app: ASGIApp, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """`app` answers at the URL this yields, until the block ends. Port 0 takes a free one."""
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    """`app` answers at the URL this yields, until the block ends. Port 0 takes a free one. Raises SettingsError."""
+    if not 0 <= port <= 65_535:
+        raise SettingsError(f"{host}:{port}: is no port; the last one is 65535, and further servers have the next ones")
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsError(f"{host}:{port}: cannot be listened on ({error}); choose another port") from error
     # Inherited by what it accepts: neither of the real servers lets a small write wait.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     config = uvicorn.Config(
@@ -104,10 +110,17 @@ def control_app(ledger: Ledger) -> Starlette:
 
 @contextmanager
 def mirrored(path: Path, *ledgers: Ledger) -> Iterator[None]:
-    """Every change of the ledgers also shows in the state file of the fake NVML library, a card for each."""
+    """Every change of the ledgers also shows in the state file of the fake NVML library, a card for each.
+
+    Raises SettingsError where that cannot be written.
+    """
     from vram_manager.simulator.nvml_state import NvmlState  # noqa: PLC0415 - only with a fake NVML
 
-    with NvmlState(path, gpus=len(ledgers)) as state:
+    try:
+        opened = NvmlState(path, gpus=len(ledgers))
+    except OSError as error:
+        raise SettingsError(f"--nvml-state {path}: cannot be written ({error.strerror})") from error
+    with opened as state:
 
         def write(index: int, ledger: Ledger) -> None:
             state.set_memory(
@@ -174,7 +187,8 @@ async def serve_world(
         for number in range(1, extras.nodes + 1):
             size = 8.0 if number % 2 else 16.0
             node = await stack.enter_async_context(World(size, loopback=loopback, utcnow=utcnow))
-            nodes.append(await stack.enter_async_context(serving(node.ollama.app, host, ollama_port + number)))
+            port = ollama_port + number if ollama_port else 0
+            nodes.append(await stack.enter_async_context(serving(node.ollama.app, host, port)))
         if control_port is not None:
             await stack.enter_async_context(serving(control_app(world.ledger), host, control_port))
         card = f"{gpu_gib:g} GiB, ComfyUI in {mode} mode"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from vram_manager.summary import completed
 from vram_manager.top.look import letters
 
 TRAIL_SECONDS = 600.0
@@ -51,8 +52,8 @@ class Seen:
 
     def heard(self, heard: Heard) -> Seen:
         """With these answers, which are the newest."""
-        snapshot = heard.snapshot
-        gpus = snapshot.get("gpus") or []
+        snapshot = completed(heard.snapshot)
+        gpus = snapshot["gpus"]
         return replace(
             self,
             health=heard.health,

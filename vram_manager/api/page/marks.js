@@ -15,6 +15,7 @@ const WARN = [
 ];
 const SHAPES = { good: "●", warn: "▲", bad: "◆", plain: "·" };
 const SPEAK = {
+  __proto__: null,
   free_asked: "asked to free",
   freed: "freed",
   free_unconfirmed: "free not confirmed",
@@ -40,7 +41,7 @@ const SPEAK = {
   sensor_lost: "cannot be read",
   sensor_back: "can be read",
 };
-const SENSORS = { nvml: "GPU (NVML)", ollama: "Ollama", comfyui: "ComfyUI" };
+const SENSORS = { __proto__: null, nvml: "GPU", ollama: "Ollama", comfyui: "ComfyUI" };
 
 /** "good", "warn", "bad", or "plain" for what is told in the list only. */
 export function tone(type) {

@@ -6,7 +6,7 @@ import { answer } from "./fit.js";
 import * as frame from "./frame.js";
 import * as link from "./link.js";
 import { Log } from "./log.js";
-import { goneGpu, Panel } from "./panels.js";
+import { knownGpus, Panel, wishedGpus } from "./panels.js";
 import * as past from "./series.js";
 import { themes } from "./theme.js";
 import { epoch, rfc3339, say } from "./words.js";
@@ -15,6 +15,9 @@ import * as windows from "./window.js";
 const BEAT_MS = 2000;
 // Sensors and decisions are many words: they are asked for more seldom, and at once after an event.
 const SLOW_BEATS = 5;
+// A clock that is put back by less only delays the next moment. Whoever has not looked for so long has slept, or was
+// too busy: the daemon knows what was missed.
+const [SLEW_SECONDS, ASLEEP_MS] = [5, 20000];
 const $ = (id) => document.getElementById(id);
 
 const state = {
@@ -26,6 +29,7 @@ const state = {
   skew: 0,
   lostAt: null,
   asked: 0,
+  lookedAt: Infinity,
   recorded: true,
 };
 let [beat, timer, stream] = [0, null, null];
@@ -47,9 +51,14 @@ async function look() {
   try {
     const snapshot = await ask("v1/snapshot");
     if (state.lostAt !== null) await back();
-    const taken = epoch(snapshot.taken_at);
+    const [taken, before] = [snapshot, state.snapshot].map((one) => epoch(one?.taken_at));
     if (taken !== null) state.skew = taken + snapshot.age_seconds - Date.now() / 1000;
     state.snapshot = snapshot;
+    // Its clock was put back: what was seen since then has not been yet, and would keep out what comes.
+    const putBack = taken !== null && taken < before - SLEW_SECONDS;
+    if (putBack) state.series.clear();
+    if (putBack || Date.now() - state.lookedAt > ASLEEP_MS) await history();
+    state.lookedAt = Date.now();
     append(snapshot, taken);
     tell();
     if (state.asked === 0) {
@@ -76,6 +85,7 @@ async function slowly() {
 /** The window's past: one answer for all GPUs. An answer that was overtaken by another wish is dropped. */
 async function history() {
   const asked = ++state.asked;
+  state.lookedAt = Date.now();
   const { from, to } = windows.edges(state.window, now());
   document.body.classList.add("asking");
   try {
@@ -170,18 +180,8 @@ function tell() {
   draw();
 }
 
-/** Those of now, and those that were here within the window and cannot be seen any more. */
-function allGpus() {
-  const seen = state.snapshot?.gpus ?? [];
-  const gone = [...state.series.values()].filter(({ at, uuid }) => at.length && !seen.some((gpu) => gpu.uuid === uuid));
-  return [...seen, ...gone.map(goneGpu)];
-}
-
-function shownGpus() {
-  const all = allGpus();
-  const one = all.filter((gpu) => gpu.uuid === state.window.gpu);
-  return one.length ? one : all;
-}
+const allGpus = () => knownGpus(state.snapshot, [...state.series.values()]);
+const shownGpus = () => wishedGpus(allGpus(), state.window.gpu);
 
 function draw() {
   const gpus = shownGpus();

@@ -15,10 +15,23 @@ const CERTAINTY = {
 const FRAME_MS = 12;
 
 /** A GPU that only its past is known of, as one of a snapshot. */
-export const goneGpu = ({ uuid, index, name, total_bytes }) => ({
+const goneGpu = ({ uuid, index, name, total_bytes }) => ({
   ...{ uuid, index, name, total_bytes, gone: true },
   ...{ taken_bytes: null, free_bytes: null, used_percent: null },
 });
+
+/** Those of now, and those that were here within the window and cannot be seen any more. */
+export function knownGpus(snapshot, allSeries) {
+  const seen = snapshot?.gpus ?? [];
+  const gone = allSeries.filter(({ at, uuid }) => at.length && !seen.some((gpu) => gpu.uuid === uuid));
+  return [...seen, ...gone.map(goneGpu)];
+}
+
+/** The one that was chosen, or all. */
+export function wishedGpus(all, chosen) {
+  const one = all.filter((gpu) => gpu.uuid === chosen);
+  return one.length ? one : all;
+}
 
 /** What a GPU is called. */
 export const gpuName = (gpu) => `GPU ${gpu.index}`;

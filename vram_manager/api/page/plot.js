@@ -66,8 +66,11 @@ export class Plot {
     const points = Math.min(600, Math.max(120, this.canvas.parentElement.clientWidth));
     const indices = thin(series, from, to, compact ? Math.min(points, 300) : points);
     this.drawn = { indices, times: indices.map((index) => series.at[index]) };
+    // A GPU that is smaller now than it was: a card exchanged under its name, or a share of one.
+    const usable = indices.map((index) => series.taken_bytes[index] + series.free_bytes[index]);
     this.view = {
       series,
+      total: Math.max(series.total_bytes, ...usable),
       from,
       to,
       limits,
@@ -107,7 +110,7 @@ export class Plot {
   }
 
   settings(compact) {
-    const { series, from, to, colours } = this.view;
+    const { total, from, to, colours } = this.view;
     const narrow = this.canvas.parentElement.clientWidth < 420;
     const grid = { color: colours.line, tickColor: colours.line };
     const font = { family: FONT, size: 11 };
@@ -146,11 +149,11 @@ export class Plot {
           },
           y: {
             min: 0,
-            max: series.total_bytes,
+            max: total,
             grid,
             border: { display: false },
             ticks: { color: colours.quiet, font, padding: 6, callback: (bytes) => `${+(bytes / GIB).toFixed(1)} GiB` },
-            afterBuildTicks: (axis) => (axis.ticks = sizes(series.total_bytes, compact ? 3 : 5)),
+            afterBuildTicks: (axis) => (axis.ticks = sizes(total, compact ? 3 : 5)),
           },
         },
       },
@@ -187,14 +190,14 @@ export class Plot {
 
   limits(pen) {
     const { left, right } = this.area;
-    const { limits, series, colours } = this.view;
+    const { limits, total, colours } = this.view;
     pen.font = `10px ${FONT}`;
     pen.textBaseline = "middle";
     pen.textAlign = "left";
     let lowest = -Infinity;
     for (const [name, word, dash] of LIMITS) {
       const bytes = limits?.[name];
-      if (!bytes || bytes > series.total_bytes) continue;
+      if (!bytes || bytes > total) continue;
       const y = this.chart.scales.y.getPixelForValue(bytes);
       const label = Math.max(y, lowest + 11);
       lowest = label;

@@ -14,6 +14,9 @@ const NUMBERS = [
 ];
 // More than any screen shows; what is appended while the page stays open is thinned out to this.
 const KEPT = 2400;
+// As many as the daemon tells of by name; of more the smallest are shown among the others.
+const MOST_TENANTS = 32;
+const OTHERS = { tenant: "others", kind: "others" };
 // Between two looks of the slowest daemon: a longer silence is drawn as one.
 const SILENCE_SECONDS = 30;
 
@@ -30,6 +33,31 @@ function push(series, at, numbers, sizes) {
   for (const column of series.tenants) column.bytes.push(sizes ? (sizes.get(column.tenant) ?? 0) : null);
 }
 
+const hasColumn = (series, { tenant }) => series.tenants.some((one) => one.tenant === tenant);
+
+/** The column of a tenant; of one that was not there before, nothing but zeros. */
+function column(series, { tenant, kind }) {
+  if (!hasColumn(series, { tenant })) {
+    series.tenants.push({ tenant, kind, bytes: series.taken_bytes.map((taken) => (taken === null ? null : 0)) });
+  }
+  return series.tenants.find((one) => one.tenant === tenant);
+}
+
+/** Of those that are gone the smallest become others, until a quarter of all places is free. */
+function crowded(series, present) {
+  const most = ({ bytes }) => bytes.reduce((highest, one) => Math.max(highest, one ?? 0), 0);
+  const gone = series.tenants
+    .filter(({ tenant }) => tenant !== OTHERS.tenant && !present.has(tenant))
+    .map((one) => [most(one), one])
+    .sort(([a], [b]) => a - b)
+    .slice(0, MOST_TENANTS / 4)
+    .map(([, one]) => one);
+  if (!gone.length) return;
+  const { bytes: others } = column(series, OTHERS);
+  for (const { bytes } of gone) bytes.forEach((one, index) => one && (others[index] += one));
+  series.tenants = series.tenants.filter((one) => !gone.includes(one));
+}
+
 /** What `gpu` of a snapshot says at `at` (epoch seconds) stands at the end. */
 export function append(series, gpu, at) {
   const last = series.at.at(-1);
@@ -40,12 +68,16 @@ export function append(series, gpu, at) {
   }
   const usual = last === undefined ? 0 : (series.step ?? 0) * 2;
   if (last !== undefined && at - last > Math.max(SILENCE_SECONDS, usual)) push(series, last + 0.001, {}, null);
-  for (const { tenant, kind } of gpu.tenants ?? []) {
-    if (!series.tenants.some((column) => column.tenant === tenant)) {
-      series.tenants.push({ tenant, kind, bytes: series.taken_bytes.map((taken) => (taken === null ? null : 0)) });
+  const sizes = new Map((gpu.tenants ?? []).map((share) => [share.tenant, share.bytes]));
+  for (const share of gpu.tenants ?? []) {
+    if (hasColumn(series, share) || share.tenant === OTHERS.tenant) column(series, share);
+    else {
+      if (series.tenants.length >= MOST_TENANTS) crowded(series, sizes);
+      const named = series.tenants.length < MOST_TENANTS;
+      if (!named) sizes.set(OTHERS.tenant, (sizes.get(OTHERS.tenant) ?? 0) + share.bytes);
+      column(series, named ? share : OTHERS);
     }
   }
-  const sizes = new Map((gpu.tenants ?? []).map((share) => [share.tenant, share.bytes]));
   const numbers = { ...gpu, taken_max_bytes: gpu.taken_bytes, free_min_bytes: gpu.free_bytes };
   series.total_bytes = gpu.total_bytes;
   push(series, at, numbers, sizes);

@@ -64,15 +64,27 @@ export function epoch(text) {
   return Number.isNaN(at) ? null : at / 1000;
 }
 
+// Controls, and marks that turn the direction of whatever follows them.
+const STEERING = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+const LONGEST = 1000;
+
+/** Text from outside as it is shown: it steers nothing around it, and fills no more than some lines. */
+export function plain(text) {
+  const said = String(text).replace(STEERING, " ");
+  return said.length > LONGEST ? `${said.slice(0, LONGEST)}…` : said;
+}
+
+const part = (child) => (typeof child === "string" ? plain(child) : child);
+
 /** An element. `more` are attributes; `class` and `text` as they say. Children are elements or strings. */
 export function el(tag, more = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(more)) {
     if (value === null || value === undefined || value === false) continue;
-    if (name === "text") made.textContent = value;
+    if (name === "text") made.textContent = plain(value);
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
+  made.append(...children.filter((child) => child !== null && child !== undefined).map(part));
   return made;
 }
 
@@ -80,7 +92,7 @@ export function el(tag, more = {}, ...children) {
 export function table(heads, rows, { right = [], caption = null } = {}) {
   const cell = (tag, what, column) => {
     const made = el(tag, { class: right.includes(column) ? "right" : null, scope: tag === "th" ? "col" : null });
-    made.append(what);
+    made.append(part(what));
     return made;
   };
   return el(
@@ -101,7 +113,8 @@ export function put(slot, ...children) {
 
 /** `slot` says `text`; a live region speaks only what is new. */
 export function say(slot, text) {
-  if (slot.textContent !== text) slot.textContent = text;
+  const said = plain(text);
+  if (slot.textContent !== said) slot.textContent = said;
 }
 
 /** "ollama:llama3.1:8b" as people say it. */
@@ -110,5 +123,5 @@ export function tenantName(tenant) {
   if (tenant === "comfyui in use") return "ComfyUI in use";
   if (tenant === "comfyui cached") return "ComfyUI cached";
   if (tenant === "comfyui unseen") return "ComfyUI beside torch";
-  return tenant.replace(/^(ollama|worker|process):/, "");
+  return plain(tenant.replace(/^(ollama|worker|process):/, ""));
 }
