@@ -383,3 +383,17 @@ def test_a_gateway_in_front_of_the_other_one_is_a_wrong_setting(settings):
 def test_two_gateways_on_one_port_are_a_wrong_setting(settings):
     with pytest.raises(SettingsError, match=r"^GATEWAY_COMFYUI_PORT=8189: is GATEWAY_OLLAMA_PORT as well"):
         settings(GATEWAY_OLLAMA_PORT="8189", GATEWAY_COMFYUI_PORT="8189")
+
+
+@pytest.mark.parametrize("value", [" , ,", ","])
+def test_a_webhook_that_would_be_told_nothing_is_a_slip(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("VRAM_WEBHOOK_EVENTS", value)
+
+    with pytest.raises(SettingsError, match="must name an event; these are: free_asked"):
+        load()
+
+
+def test_a_node_that_is_named_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_NODES", "http://a:11434, http://b:11434/,http://a:11434/")
+
+    assert load().looking.ollama_nodes == ("http://a:11434", "http://b:11434")

@@ -662,3 +662,27 @@ def test_a_row_is_small() -> None:
     use = GpuUse(0.0, taken, taken, TOTAL - taken, TOTAL - taken, 0, 47, 61, 271.3, tenants, {})
     assert len(sample_rows.packed(Sample(1.0, 0, {1: use}))) < 130
     assert len(sample_rows.packed(Sample(1.0, 0, dict.fromkeys(range(1, 9), use)))) < 400
+
+
+def second_hand(box: Box) -> None:
+    """A turn at which only ComfyUI tells of the card."""
+    box.later(5)
+    seen = Gpus(gpus=(gpu(0, "comfyui-0", {}),), driver_version=Missing("told by ComfyUI"), second_hand=True)
+    snapshot = Snapshot(taken_at=box.monotonic, gpus=Missing("timed out"), ollama=Off(), comfyui=Off(), queue=Off())
+    box.history.turned(snapshot, seen, {})
+
+
+def test_a_card_that_only_comfyui_tells_of_for_a_while_is_no_further_one(box: Box) -> None:
+    box.turns(60, tts=4)
+    second_hand(box)
+    box.turns(60, tts=4)
+
+    assert [one.device.uuid for one in box.read(200).gpus] == ["GPU-a"]
+    assert None in box.card(200, 1).columns["taken_bytes"]
+
+
+def test_where_nothing_else_tells_of_a_card_comfyuis_word_is_kept(box: Box) -> None:
+    for _ in range(5):
+        second_hand(box)
+
+    assert [one.device.uuid for one in box.read(60).gpus] == ["comfyui-0"]

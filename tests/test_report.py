@@ -789,6 +789,13 @@ def test_colours_say_how_full_it_is():
     ] * 3
 
 
+def test_the_legend_has_the_colours_of_the_bar():
+    shown = text(document(snapshot(gpu(tenants=[share("ollama:a", 4)])), []), Terminal(colour=True))
+    (line,) = [one for one in shown.splitlines() if "ollama:a" in one]
+
+    assert "\x1b[32m" in line  # as in the bar: green
+
+
 def test_colours_change_no_word():
     whole = document(snapshot(*TWO_CARDS, ollama=ollama(*LOADED), nodes=[node(), away()]), [event()])
     assert re.sub(r"\x1b\[[0-9;]*m", "", text(whole, Terminal(colour=True))) == text(whole, Terminal())

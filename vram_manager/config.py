@@ -127,7 +127,7 @@ def _names(value: object) -> object:
 def _urls(value: object) -> object:
     """A comma list of URLs."""
     names = _names(value)
-    return tuple(_url(name) for name in names) if isinstance(names, tuple) else names
+    return tuple(dict.fromkeys(_url(name) for name in names)) if isinstance(names, tuple) else names
 
 
 Names: TypeAlias = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
@@ -318,6 +318,8 @@ EVENT_NAMES = tuple(str(kind) for kind in EventType)
 
 def _event_names(value: object) -> object:
     names = _names(value)
+    if names == ():
+        raise ValueError(f"must name an event; these are: {', '.join(EVENT_NAMES)}")
     for name in names if isinstance(names, tuple) else ():
         if name not in EVENT_NAMES:
             raise ValueError(f"{name!r} is no event; these are: {', '.join(EVENT_NAMES)}")

@@ -161,7 +161,20 @@ def _tenants(gpu: dict[str, Any], width: int, terminal: Terminal) -> list[str]:
         rows[MOST_ROWS - 1 :] = [row(" ", f"{len(more)} more", sum(tenant["bytes"] for tenant in more))]
     if gpu["leased_bytes"]:
         rows.append(row(_PROMISED, "promised, not yet taken", gpu["leased_bytes"]))
-    return table(rows, width, indent=INDENT, right=(1, 2))
+    return _coloured(table(rows, width, indent=INDENT, right=(1, 2)), [one["kind"] for one in tenants], rows, terminal)
+
+
+def _coloured(lines: list[str], kinds: list[str], rows: list[tuple[str, str, str]], terminal: Terminal) -> list[str]:
+    """The signs before the names in the colours of the bar."""
+    left = [(kind, row[0][:2]) for kind, row in zip(kinds, rows, strict=False)]
+    found = []
+    for line in lines:
+        if left and line.startswith(INDENT + left[0][1]):
+            kind, sign = left.pop(0)
+            found.append(INDENT + terminal.style(sign, fg=_COLOURS.get(kind)) + line[len(INDENT + sign) :])
+        else:
+            found.append(line)
+    return found
 
 
 def _processes(gpu: dict[str, Any], width: int) -> list[str]:

@@ -22,6 +22,7 @@ from vram_manager.domain.reading import Missing, Seen
 from vram_manager.domain.sample import Device, GpuUse, Level, Sample, Series, Window
 from vram_manager.domain.share import Share
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, Snapshot
+from vram_manager.policy.accounting import SECOND_HAND_UUID
 from vram_manager.policy.series import Piece, folded, in_columns, moved, pieces, plan, queue_in_columns, with_peaks
 from vram_manager.retention import expire
 from vram_manager.store import Row, Store, write_behind
@@ -74,7 +75,9 @@ class History:
         """A turn of the cycle saw this. `shares` is who has how much of each GPU, by its UUID."""
         now = self._clock.monotonic()
         queue = snapshot.queue.value.remaining if isinstance(snapshot.queue, Seen) else None
-        seen = () if isinstance(gpus, Missing) else gpus.gpus
+        # What only ComfyUI tells has no UUID: where the card is known by its own, it would be taken for another one.
+        known = any(not uuid.startswith(SECOND_HAND_UUID) for uuid in self._numbers)
+        seen = () if isinstance(gpus, Missing) or (gpus.second_hand and known) else gpus.gpus
         uses = {self._number(gpu): _use(gpu, snapshot, shares.get(gpu.uuid, ())) for gpu in seen}
         at = self._clock.utcnow().timestamp()
         sample = Sample(at, queue, {number: use for number, use in uses.items() if use is not None})

@@ -22,6 +22,7 @@ from vram_manager.domain.action import Stage
 from vram_manager.domain.decision import Decision
 from vram_manager.domain.event import Event, EventType
 from vram_manager.domain.size import gib
+from vram_manager.domain.watch import Watch
 from vram_manager.store import Row, Store, write_behind
 
 RING_EVENTS = 1000
@@ -87,6 +88,9 @@ class DecisionEntry:
     decision: Decision
 
 
+_FORGOTTEN = Watch()
+
+
 class Journal:
     """Records events and decisions. All methods but `write_behind` are immediate and never block."""
 
@@ -137,7 +141,8 @@ class Journal:
         """Remembers `decision`, folded into the newest one if that concluded the same."""
         now = self._clock.utcnow()
         last = self._decisions[-1] if self._decisions else None
-        lone = replace(decision, events=())
+        # What it remembers for the next turn is not what people ask about, and there may be hundreds of these.
+        lone = replace(decision, events=(), watch=_FORGOTTEN)
         if last is not None and last.decision.branch == decision.branch and decision.action is None:
             entry = replace(last, until=now, count=last.count + 1, decision=lone)
             self._decisions[-1] = entry

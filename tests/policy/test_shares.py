@@ -127,7 +127,7 @@ def test_programs_are_added_up_by_their_names_and_those_that_are_somebody_are_le
         "worker:tts": 5,
         "process:llama-server": 4,
         "process:python3": 3,
-        "process:pid 11": 1.5,
+        "process:hidden": 1.5,
         "process:unnamed": 0.5,
     }
 

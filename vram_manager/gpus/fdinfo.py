@@ -16,7 +16,7 @@ from vram_manager.domain.snapshot import ProcessMemory
 from vram_manager.gpus._files import command_line, text_of
 
 HIDDEN: Final = Missing(
-    "processes are not visible", "run the container with pid: host, as the same user or with cap_add: [SYS_PTRACE]"
+    "processes are not visible", "run the container with pid: host, user: root and cap_add: [SYS_PTRACE, DAC_OVERRIDE]"
 )
 
 _UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # a bare number is bytes

@@ -44,6 +44,10 @@ class Hold:
         return None if self.certainty is Certainty.PERHAPS else self.bytes
 
 
+SECOND_HAND_UUID = "comfyui-"
+"""How the name of a GPU begins that only ComfyUI tells of: it says no UUID."""
+
+
 def gpus_seen(snapshot: Snapshot) -> Gpus | Missing:
     """The GPUs as their drivers tell them; failing that, second-hand from ComfyUI; failing that, why not."""
     first_hand: Gpus | Missing
@@ -76,7 +80,7 @@ def _second_hand(place: int, device: TorchDevice) -> Gpu:
     unknown = Missing("told by ComfyUI, not by the driver")
     free_bytes = min(device.device_free_bytes, device.vram_total_bytes)
     return Gpu(
-        uuid=f"comfyui-{place}",
+        uuid=f"{SECOND_HAND_UUID}{place}",
         index=place,
         name=device.name,
         memory=GpuMemory(

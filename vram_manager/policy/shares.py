@@ -17,6 +17,9 @@ from vram_manager.domain.watch import Lesson
 from vram_manager.policy.accounting import comfyui_gpu, comfyui_hold, comfyui_process, is_ollama, ollama_models
 from vram_manager.policy.rules import Rules
 
+# A program may call itself anything.
+MOST_LETTERS = 64
+
 
 def shares(
     snapshot: Snapshot,
@@ -115,5 +118,7 @@ def _of_processes(comfyui: ComfyUIState | None, gpu: Gpu, known: set[int]) -> li
 
 
 def _program(process: ProcessMemory) -> str:
-    command = process.command
-    return f"pid {process.pid}" if isinstance(command, Missing) else command[0].rpartition("/")[2] or "unnamed"
+    """Its name; all whose command is hidden are one, as their numbers would make a new tenant of each run."""
+    if isinstance(process.command, Missing):
+        return "hidden"
+    return process.command[0].rpartition("/")[2][:MOST_LETTERS] or "unnamed"
