@@ -16,6 +16,7 @@ from vram_manager.client import call
 from vram_manager.errors import Unreachable
 
 OWN = (sys.executable, "-m", "vram_manager")
+AS_IN_THE_IMAGE = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -24,7 +25,7 @@ def process(*command: str, **environment: str) -> Iterator[int]:
     """The id of a process that runs inside the block."""
     # As in the image, modules come compiled: compiling them at the start leaves some 15 MiB of garbage behind.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    child = subprocess.Popen(command, env={**inherited, **environment}, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env={**AS_IN_THE_IMAGE, **inherited, **environment}, stdout=subprocess.DEVNULL)
     try:
         yield child.pid
     finally:

@@ -56,8 +56,8 @@ class Shot:
 
 
 SHOTS = (
-    Shot(name="page", window="#last=900", theme="light", width=1440, height=1000),
-    Shot(name="page-dark", window="#last=900", theme="dark", width=1440, height=1000),
+    Shot(name="page", window="#last=900", theme="light", width=1440, height=1500),
+    Shot(name="page-dark", window="#last=900", theme="dark", width=1440, height=1500),
     Shot(name="page-phone", window="#last=900", theme="light", width=390, height=844),
 )
 
@@ -70,6 +70,7 @@ def busy_box(directory: Path, minutes: float) -> Iterator[str]:
     settings = {
         "FAST_SPEED": str(SPEED),
         "FAST_UNTIL": str(caught_up),
+        "PYTHONWARNINGS": "ignore",  # the worker is there a moment before the daemon
         "OLLAMA_URL": f"http://127.0.0.1:{ollama}",
         "COMFYUI_URL": f"http://127.0.0.1:{comfyui}",
         "OLLAMA_GPU": "0",

@@ -23,13 +23,23 @@ from vram_manager.domain.sample import Device, GpuUse, Level, Sample, Series, Wi
 from vram_manager.domain.share import Share
 from vram_manager.domain.snapshot import Gpu, GpuMemory, Gpus, Snapshot
 from vram_manager.policy.accounting import SECOND_HAND_UUID
-from vram_manager.policy.series import Piece, folded, in_columns, moved, pieces, plan, queue_in_columns, with_peaks
+from vram_manager.policy.series import (
+    MOMENT_SECONDS,
+    Piece,
+    folded,
+    in_columns,
+    moved,
+    pieces,
+    plan,
+    queue_in_columns,
+    with_peaks,
+)
 from vram_manager.retention import expire
 from vram_manager.store import Row, Store, write_behind
 
 # While it moves, at most so often, and the peaks between are in the next; while it does not, at least: with the slowest
 # beat by default, once a minute.
-FAST_SECONDS, QUIET_SECONDS = 5.0, 55.0
+FAST_SECONDS, QUIET_SECONDS = MOMENT_SECONDS, 55.0
 # A moment is true until the next, but no longer than this (or than one and a half beats, where those are slow).
 HOLD_SECONDS, HOLD_BEATS = 90.0, 1.5
 # What is written at once: a crash loses no more.
@@ -193,9 +203,11 @@ class History:
             last_written, unwritten = self._last_written, list(self._unwritten)
         with self._store.reading() as connection:
             newest = _not_in(connection, unwritten, last_written)
-            level, step = plan(window.begin, window.end, window.step_seconds, sample_rows.oldest(connection))
-            begin = window.begin // step * step
             asked = None if window.gpu is None else self._numbers[window.gpu]
+            count = 1 if asked is not None or self._last is None else len(self._last.gpus)
+            oldest = sample_rows.oldest(connection)
+            level, step = plan(window.begin, window.end, window.step_seconds, oldest, count)
+            begin = window.begin // step * step
             parts = self._parts(connection, level, begin, window.end, newest, now, step, asked)
             samples = folded((part for part in parts if begin <= part[0] < window.end), step)
         numbers = {number for one in samples for number in one.gpus} if asked is None else {asked}

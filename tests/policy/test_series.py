@@ -367,3 +367,19 @@ def test_a_history_that_has_just_begun_is_told_in_moments() -> None:
 
     assert plan(now - HOUR, now, None, reach) == (Level.RAW, 10)
     assert plan(now - HOUR, now, None, {}) == (Level.RAW, 10)
+
+
+@pytest.mark.parametrize(
+    ("hours", "gpus", "asked", "planned"),
+    [
+        pytest.param(2, 1, None, (Level.RAW, 30), id="one GPU"),
+        pytest.param(1, 8, None, (Level.RAW, 10), id="an hour of eight"),
+        pytest.param(2, 8, None, (Level.MINUTE, 60), id="two hours of eight"),
+        pytest.param(2, 8, 15, (Level.RAW, 15), id="as asked for"),
+        pytest.param(24, 8, None, (Level.MINUTE, 300), id="minutes do anyway"),
+    ],
+)
+def test_moments_of_many_gpus_are_told_by_the_minute_unless_they_are_asked_for(
+    hours: float, gpus: int, asked: int | None, planned: tuple[Level, int]
+) -> None:
+    assert plan(1e6, 1e6 + hours * HOUR, asked, EVERYTHING, gpus) == planned

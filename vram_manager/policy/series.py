@@ -16,6 +16,8 @@ from vram_manager.domain.sample import Device, GpuSeries, GpuUse, Level, Sample,
 # A smaller change is noise: a desktop's windows come and go by as much.
 MOVED_BYTES = 16 * 2**20
 GOOD_POINTS, MOST_POINTS = 375, 1500
+# How often there is a moment while it moves, and how many of them, times the GPUs in each, are read in some 60 ms.
+MOMENT_SECONDS, MOST_MOMENTS = 5.0, 6000
 # More are not told apart in a picture; the smallest are shown among the others.
 MOST_TENANTS = 32
 OTHERS = "others others"
@@ -207,12 +209,17 @@ class _Sum:
         )
 
 
-def plan(begin: float, end: float, asked_seconds: int | None, oldest: Mapping[Level, float]) -> tuple[Level, int]:
+def plan(
+    begin: float, end: float, asked_seconds: int | None, oldest: Mapping[Level, float], gpus: int = 1
+) -> tuple[Level, int]:
     """From which level a window is told, and in steps of how many seconds: at most 1500 of them.
 
     `oldest` is how far back each level that has anything reaches. Where the finer one has forgotten, the next counts.
+    With many GPUs nobody looks at moments of hours: unless they are asked for, minutes do, which are read in no time.
     """
     wanted = _nice((end - begin) / GOOD_POINTS) if asked_seconds is None else asked_seconds
+    if asked_seconds is None and (end - begin) / MOMENT_SECONDS * gpus > MOST_MOMENTS:
+        wanted = max(wanted, Level.MINUTE.seconds)
     # One less, as the first and the last step may lie half outside.
     step = max(wanted, _nice((end - begin) / (MOST_POINTS - 1)))
     fitting = [level for level in Level if level.seconds <= step][-1]
