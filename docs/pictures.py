@@ -33,8 +33,8 @@ from benchmarks.processes import answers, free_ports, process, until
 from tests.fake_nvml import build
 from vram_manager.client import call
 from vram_manager.report import text
+from vram_manager.report.terminal import Terminal
 from vram_manager.summary import document
-from vram_manager.terminal import Terminal
 from vram_manager.top import picture
 
 HERE = Path(__file__).parent

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from tests.fake_nvml import compiler
 from tests.test_end_to_end import whole_stack
-from vram_manager.gauges import MOST_ROWS, NOT_VISIBLE
 from vram_manager.report import text
+from vram_manager.report.gpu import MOST_ROWS, NOT_VISIBLE
+from vram_manager.report.terminal import Terminal, cells, clean, columns, table, wrapped
 from vram_manager.simulator.serve import serving
 from vram_manager.simulator.world import World
 from vram_manager.summary import NO_SNAPSHOT, completed, document, summary
-from vram_manager.terminal import Terminal, cells, clean, columns, table, wrapped
 
 GIB = 2**30
 SEEN_AT = "2026-07-01T12:00:00.000000Z"

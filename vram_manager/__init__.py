@@ -22,7 +22,7 @@ snapshot).
     config, clock, errors  settings, the two times, everything that is expected to go wrong
     processes, child       who is there, who descends from whom, who ends; a command that is run for somebody
     client                 the standard-library door to the socket, for the CLI and for workers
-    report, top, record    what people read: now, live, and while a command runs   gauges, summary, terminal, words  how
+    report, top, record    what people read: now, live, while a command runs   summary, words  in numbers, in words
     doctor, demo           what is wrong and how to mend it; the story
     simulator              an Ollama and a ComfyUI on one pretended GPU; production never imports it
 

@@ -103,8 +103,8 @@ def report(urls: tuple[str, ...], measure: bool, as_json: bool) -> None:
     Without a daemon only the nodes given with --node are shown: exit 0, or 4 when none of them answers.
     """
     from vram_manager.report import text
+    from vram_manager.report.terminal import Terminal
     from vram_manager.summary import NO_SNAPSHOT, document
-    from vram_manager.terminal import Terminal
 
     snapshot, listed, problem = NO_SNAPSHOT, [], None
     try:

@@ -25,7 +25,6 @@ from vram_manager.daemon import Daemon, build, log_to
 from vram_manager.domain.event import EventType
 from vram_manager.domain.size import GIB, gib
 from vram_manager.gateway.waiting import WAITED_HEADER
-from vram_manager.gauges import bar
 from vram_manager.journal import Entry
 from vram_manager.simulator.comfyui_executor import ComfyUISettings as ComfyUIPace
 from vram_manager.simulator.ollama_runner import OllamaSettings as OllamaPace
@@ -42,6 +41,12 @@ DISK_BYTES_PER_SECOND = 6.0 * GIB
 STEPS, TOKENS = 4, 24
 # Nothing in the story takes half as long; a demo that hangs is worse than one that says so.
 SCENE_SECONDS = 30.0
+
+
+def _bar(share: float, width: int) -> str:
+    """A share of 0..1 as a bar."""
+    filled = max(0, min(width, round(share * width)))
+    return "#" * filled + "." * (width - filled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class _Stage:
         ollama = sum(size for name, size in holders.items() if name.startswith("ollama"))
         comfyui = sum(size for name, size in holders.items() if name.startswith("comfyui"))
         share = 1 - ledger.free_bytes / usable
-        words = f"   card   | [{bar(share, 24)}] {share * 100:3.0f} %  ComfyUI {gib(comfyui)}, Ollama {gib(ollama)}"
+        words = f"   card   | [{_bar(share, 24)}] {share * 100:3.0f} %  ComfyUI {gib(comfyui)}, Ollama {gib(ollama)}"
         click.echo(click.style(words, dim=True), color=self._colour)
 
 

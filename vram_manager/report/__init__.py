@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from vram_manager.domain.size import gib
-from vram_manager.gauges import gpu_block
-from vram_manager.terminal import TWO_BLOCKS, WIDEST_LINE, Terminal, beside, flowed, half, table, wrapped
+from vram_manager.report.gpu import gpu_block
+from vram_manager.report.terminal import TWO_BLOCKS, WIDEST_LINE, Terminal, beside, flowed, half, table, wrapped
 from vram_manager.words import clock, lease_line, waiting_line
 
 INDENT: Final = "   "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from vram_manager.domain.size import gib
-from vram_manager.terminal import Terminal, cells, columns, flowed, padded, table, wrapped
+from vram_manager.report.terminal import Terminal, cells, columns, flowed, padded, table, wrapped
 
 INDENT: Final = "   "
 NOT_VISIBLE: Final = "not visible (needs pid: host)"
@@ -24,12 +24,6 @@ _COLOURS: Final = {
     "process": "yellow",
 }
 _VENDORS: Final = {"nvidia": "NVIDIA", "amd": "AMD", "intel": "Intel"}
-
-
-def bar(share: float, width: int = 30) -> str:
-    """A share of 0..1 as a bar."""
-    filled = max(0, min(width, round(share * width)))
-    return "#" * filled + "." * (width - filled)
 
 
 def gpu_block(gpu: dict[str, Any], width: int, terminal: Terminal) -> list[str]:
