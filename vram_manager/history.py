@@ -37,8 +37,8 @@ from vram_manager.policy.series import (
 from vram_manager.retention import expire
 from vram_manager.store import Row, Store, write_behind
 
-# While it moves, at most so often, and the peaks between are in the next; while it does not, at least: with the slowest
-# beat by default, once a minute.
+# While it moves, at most so often (or once a beat, where that is faster), and the peaks between are in the next; while
+# it does not, at least: with the slowest beat by default, once a minute.
 FAST_SECONDS, QUIET_SECONDS = MOMENT_SECONDS, 55.0
 # A moment is true until the next, but no longer than this (or than one and a half beats, where those are slow).
 HOLD_SECONDS, HOLD_BEATS = 90.0, 1.5
@@ -58,6 +58,7 @@ class History:
     def __init__(self, clock: Clock, store: Store, *, interval_seconds: float = 5.0) -> None:
         self._clock = clock
         self._store = store
+        self._fast_seconds = min(FAST_SECONDS, interval_seconds)
         self._hold_seconds = max(HOLD_SECONDS, HOLD_BEATS * interval_seconds)
         self._unwritten: deque[Sample] = deque(maxlen=MAX_UNWRITTEN)
         self._unwritten_lost = 0
@@ -93,7 +94,11 @@ class History:
         sample = Sample(at, queue, {number: use for number, use in uses.items() if use is not None})
         sample = self._extremes = sample if self._extremes is None else with_peaks(self._extremes, sample)
         waited = now - self._last_at
-        if self._last is None or waited >= QUIET_SECONDS or (waited >= FAST_SECONDS and moved(self._last, sample)):
+        if (
+            self._last is None
+            or waited >= QUIET_SECONDS
+            or (waited >= self._fast_seconds and moved(self._last, sample))
+        ):
             self._keep(sample, now)
         if self._unwritten and now - self._oldest_unwritten_at >= BATCH_SECONDS:
             self._due.set()
