@@ -397,3 +397,21 @@ def test_a_node_that_is_named_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("OLLAMA_NODES", "http://a:11434, http://b:11434/,http://a:11434/")
 
     assert load().looking.ollama_nodes == ("http://a:11434", "http://b:11434")
+
+
+@pytest.mark.parametrize("url", ["http://a\x07b:11434", "http://a..b", "http://[::1"])
+def test_a_url_that_nobody_can_ask_is_one_line_at_the_start(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("OLLAMA_URL", url)
+
+    with pytest.raises(SettingsError, match="must be an http:// or https:// URL"):
+        load()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://b\u00fccher.example:11434", "http://my_ollama:11434", "http://[::1]:11434", "https://user:pw@host/prefix"],
+)
+def test_a_url_that_can_be_asked_is_taken(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("OLLAMA_URL", url)
+
+    assert load().ollama.ollama_url == url

@@ -64,8 +64,9 @@ def _json_object(value: object) -> object:
 def _can_be_asked(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        named = (parts.hostname or "").encode("idna")
+        return url.isprintable() and parts.scheme in ("http", "https") and bool(named) and parts.port != 0
+    except ValueError:  # a name that cannot be encoded among it
         return False
 
 
