@@ -412,8 +412,6 @@ def test_a_comfyui_that_the_command_starts_is_recorded_from_then_on() -> None:
     comfyui = Scripted(SensorError("connection refused"), [look(2)], [look(3)], name="ComfyUI")
     recorded = Recorded(comfyui)
     assert recorded.gib == [2, 3]
-    assert recorded.samples[0].seconds > 0
-    assert recorded.recorder.series["GPU-a"].statistics().longest_unseen_seconds > 0
 
 
 def test_of_several_gpus_the_one_that_fails_has_a_gap_and_the_other_none() -> None:
