@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
@@ -303,12 +304,20 @@ def test_a_comfyui_on_the_cpu_has_no_gpu() -> None:
 
 
 class Scripted:
-    """A source that gives these answers, the last one for ever; `through` is set once that was given."""
+    """A source that gives these answers, the last one for ever; `through` is set once that was given.
+
+    `late`: it tells of a GPU only once the recording has begun.
+    """
 
     rest_seconds = 0.0
 
-    def __init__(self, *answers: Sequence[Look | Unread] | SensorError, name: str = "script") -> None:
+    def __init__(
+        self, *answers: Sequence[Look | Unread] | SensorError, name: str = "script", late: bool = False
+    ) -> None:
         self.name = name
+        self.begun = threading.Event()
+        if not late:
+            self.begun.set()
         self.answers = list(answers)
         self.through = threading.Event()
         self.pids: list[int | None] = []
@@ -323,6 +332,7 @@ class Scripted:
             self.through.set()
         if isinstance(answer, SensorError):
             raise answer
+        assert await asyncio.to_thread(self.begun.wait, 30)
         return tuple(answer)
 
     async def close(self) -> None:
@@ -344,6 +354,8 @@ class Recorded:
             ask_again_seconds=0.0,
         )
         self.recorder.start()
+        for source in asked:
+            source.begun.set()
         if self.recorder.not_there is None:
             assert (until or asked[0]).through.wait(30)
         self.recorder.stop()
@@ -409,9 +421,11 @@ def test_a_source_that_counts_another_thing_is_not_mixed_in() -> None:
 
 
 def test_a_comfyui_that_the_command_starts_is_recorded_from_then_on() -> None:
-    comfyui = Scripted(SensorError("connection refused"), [look(2)], [look(3)], name="ComfyUI")
+    comfyui = Scripted(SensorError("connection refused"), [look(2)], [look(3)], name="ComfyUI", late=True)
     recorded = Recorded(comfyui)
     assert recorded.gib == [2, 3]
+    assert recorded.samples[0].seconds > 0
+    assert recorded.recorder.series["GPU-a"].statistics().longest_unseen_seconds > 0
 
 
 def test_of_several_gpus_the_one_that_fails_has_a_gap_and_the_other_none() -> None:
