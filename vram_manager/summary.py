@@ -13,6 +13,7 @@ NO_SNAPSHOT: dict[str, Any] = {
     "gpus_why": "no daemon was asked",
     "gpus_left_out": [],
     "second_hand": False,
+    "margin_bytes": None,
     "ollama": None,
     "comfyui": None,
     "leases": [],

@@ -19,6 +19,7 @@ from vram_manager.nodes import model_view
 from vram_manager.observer import Observer
 from vram_manager.policy.accounting import gpus_seen
 from vram_manager.policy.rules import Rules
+from vram_manager.summary import NO_SNAPSHOT
 
 # A turn takes a millisecond and the slowest beat is the interval: three of them without one is a stall.
 STALLED_BEATS, STALLED_SECONDS = 3, 15.0
@@ -95,29 +96,11 @@ def _gpus(snapshot: Snapshot) -> tuple[Gpu, ...]:
     return snapshot.gpus.value.gpus if isinstance(snapshot.gpus, Seen) else ()
 
 
-_NOTHING_SEEN: dict[str, Any] = {
-    "taken_at": None,
-    "age_seconds": None,
-    "gpus": [],
-    "gpus_why": None,
-    "gpus_left_out": [],
-    "second_hand": False,
-    "margin_bytes": None,
-    "ollama": None,
-    "comfyui": None,
-    "leases": [],
-    "demands": [],
-    "unreclaimable_bytes": {},
-    "settling": None,
-    "now": None,
-}
-
-
 def snapshot(clock: Clock, cycle: Cycle, tenants: Mapping[str, tuple[Share, ...]]) -> dict[str, Any]:
     """Everything that was seen at the last turn, who has how much of it, and who needs what."""
     seen = cycle.snapshot
     if seen is None:
-        return _NOTHING_SEEN
+        return NO_SNAPSHOT | {"gpus_why": None}
     age = clock.monotonic() - seen.taken_at
     gpus = gpus_seen(seen)
     return {
